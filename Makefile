@@ -1,0 +1,58 @@
+# Everything a newcomer, CI and the README call. `make help` lists it.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv quickstart test test-unit test-dist test-engines lint types format clean
+
+help:  ## This list
+	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+.venv: $(STAMP)  ## The virtual environment with the pinned CPU set
+
+# torch goes first and with its dependencies: an index that offers a CPU build gives it for the plain version, and
+# where there is only a CUDA build pip brings what that build needs. The rest is complete, so --no-deps.
+$(STAMP): requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say PYTHON=..." >&2; exit 1; }
+	@echo "installing the pinned set into $(VENV): about two minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements/cpu.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+runs/quickstart/input/heldout.jsonl: | $(STAMP)
+	$(BIN)/python tools/make_quickstart_input.py runs/quickstart/input
+
+quickstart: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Train the small model end to end (ARGS="training.steps=10" overrides)
+	$(BIN)/megatron-dppo train configs/quickstart.yaml $(ARGS)
+
+test: test-unit test-dist test-engines  ## Every test
+
+test-unit: $(STAMP)  ## Tests that need neither several ranks nor an engine
+	$(PYTEST) tests -n 2 --ignore tests/distributed --ignore tests/engines $(ARGS)
+
+test-dist: $(STAMP)  ## Several ranks over gloo
+	$(PYTEST) tests/distributed $(ARGS)
+
+test-engines: $(STAMP)  ## Real rollout engines
+	$(PYTEST) tests/engines $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy megatron_dppo tools
+
+format: $(STAMP)  ## Rewrite the files as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

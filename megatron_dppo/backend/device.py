@@ -1,0 +1,141 @@
+"""The device a rank computes on; without a GPU, the stand-in that lets Megatron-core run on the CPU.
+
+Megatron-core calls `torch.cuda` by name in many places (streams, events, the random state, `device="cuda"`,
+type-name checks in the optimizer). On a machine with a GPU this module changes nothing. On a machine without
+one, `install_stand_in` replaces those calls once, for this process, by their CPU meaning; `backend/__init__.py` calls
+it before anything imports Megatron. Nothing else in the package patches torch or Megatron-core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "rand", "randn")
+
+
+def has_gpu() -> bool:
+    """True when torch sees at least one CUDA device (the stand-in never makes this True)."""
+    return torch.cuda.device_count() > 0
+
+
+def communication_backend() -> str:
+    """`nccl` with a GPU, `gloo` without."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def select_device() -> torch.device:
+    """The device of this rank's parameters and activations: GPU number LOCAL_RANK, or the CPU."""
+    if not has_gpu():
+        return CPU
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def install_stand_in() -> None:
+    """Replaces what Megatron calls of `torch.cuda` by its CPU meaning. Nothing with a GPU, or when done before."""
+    if has_gpu() or getattr(torch.cuda, "_megatron_dppo_stand_in", False):
+        return
+    _install()
+    _mend_megatron()
+    torch.cuda._megatron_dppo_stand_in = True  # type: ignore[attr-defined]
+
+
+class _Stream:
+    """Work is done when it was called, so every wait is over already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The factory with `device="cuda"` read as the CPU and page-locked memory (a GPU matter) left out."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _install() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda *_: None
+    cuda.synchronize = lambda *_: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
+
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
+    cuda.default_generators = defaultdict(lambda: torch.default_generator)
+    # Megatron's random-state tracker queues its work until CUDA is up; here it is up.
+    cuda._lazy_call = lambda call, **_: call()
+
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.pin_memory = lambda self, *_, **__: self
+    tensor.record_stream = lambda self, _: None
+    tensor.type = _cuda_type_names(torch.Tensor.type)
+
+
+def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`tensor.type()` as on a GPU: the distributed optimizer sorts parameters by that name."""
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_
+
+
+def _mend_megatron() -> None:
+    """Two places of megatron-core 0.16 that take the absence of a GPU or of Transformer Engine for granted."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # imported in a try block, used unconditionally
+
+    def as_numpy_or_same(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The original converts only tensors that are on a GPU, its callers need numpy split sizes.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_numpy_or_same

@@ -1,0 +1,93 @@
+"""Layers of our own inside Megatron-core's model, and the layer specs that use them.
+
+With Transformer Engine installed its layer spec is used as Megatron builds it. Without it, Megatron's own
+attention refuses tensor parallelism beyond the key/value heads and its own RMSNorm refuses sequence parallelism;
+the two modules below have neither limit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_dppo.backend.device import has_gpu
+
+
+def transformer_engine_installed() -> bool:
+    """True where Transformer Engine can be used: it is importable and there is a GPU."""
+    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in fp32 and rounded once (as transformers does)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.eps = eps
+        # Each TP rank sees other tokens under sequence parallelism: Megatron sums such gradients over the group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> the same shape and dtype."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+class CausalAttention(nn.Module):
+    """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, padded on the right.
+
+    Right padding needs no mask: a token attends only to tokens before it. Keeps what SDPA keeps for backward. No
+    collectives: heads are split over TP ranks before it.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        if config.context_parallel_size != 1:
+            raise ValueError(f"context parallelism: got {config.context_parallel_size}, expected 1")
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        """query [S, B, heads, D], key and value [S, B, groups, D] (local to the TP rank) -> [S, B, heads * D]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class HiddenStatesOutput(ColumnParallelLinear):
+    """The output layer's weight without its product: the model returns hidden states, the policy head does the rest.
+
+    `hidden [S(/TP), B, H]` comes back as it is. Megatron still finds a column-parallel `output_layer.weight`, so
+    checkpoints, tied embeddings and the optimizer see the model they know.
+    """
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        return input_, None
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers: Transformer Engine's where it is installed, else ours."""
+    if transformer_engine_installed():
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    for layer in {id(s): s for s in spec.layer_specs}.values():
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention = parts.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.core_attention = CausalAttention
+    spec.layer_norm = RMSNorm
+    return spec

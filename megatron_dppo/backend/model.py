@@ -1,0 +1,155 @@
+"""A Qwen3 or Qwen3-MoE model under Megatron-core, filled from a Hugging Face directory.
+
+The model ends at the hidden states before the output layer (see `layers.HiddenStatesOutput`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import gpt_model
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.backend.device import has_gpu
+from megatron_dppo.backend.layers import HiddenStatesOutput, block_spec, transformer_engine_installed
+from megatron_dppo.backend.parallel import Rank
+from megatron_dppo.head.policy_head import VocabShard
+from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, padded_vocab_size
+from megatron_dppo.weights.local import checkpoint_files, load_pieces
+
+
+def transformer_config(
+    arch: Architecture, parallel: Parallel, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss.
+
+    The routers' auxiliary loss stays off: it is not linear in the micro-batch, so a split would change the loss.
+    """
+    moe: dict[str, Any] = {}
+    if arch.is_moe:
+        moe = {
+            "num_moe_experts": arch.num_experts,
+            "moe_router_topk": arch.num_experts_per_tok,
+            "moe_ffn_hidden_size": arch.moe_intermediate_size,
+            "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
+            # softmax over the chosen experts equals softmax over all, chosen and renormalised
+            "moe_router_pre_softmax": not arch.norm_topk_prob,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_dtype": "fp32",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_grouped_gemm": False,
+            "expert_model_parallel_size": parallel.expert,
+            "expert_tensor_parallel_size": parallel.expert_tensor,
+        }
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.intermediate_size,
+        layernorm_epsilon=arch.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=parallel.pipeline > 1,  # micro-batches differ in length
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        use_cpu_initialization=not has_gpu(),
+        perform_initialization=False,  # every parameter is filled from the checkpoint
+        **moe,
+    )
+
+
+def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_parallel: bool) -> gpt_model.GPTModel:
+    """This rank's stage of the model, its parameters not yet filled.
+
+    Raises ValueError where Megatron could not hold the model at this layout (its own messages come as they are).
+    """
+    if arch.is_moe and rank.parallel.tensor > 1 and not sequence_parallel:
+        raise ValueError("parallel.sequence_parallel: got false, expected true (experts under TP > 1 need it)")
+    config = transformer_config(arch, rank.parallel, dtype, sequence_parallel)
+    model = gpt_model.GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=padded_vocab_size(arch.vocab_size, rank.parallel.tensor),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=rank.at.pipeline == 0,
+        post_process=rank.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(arch.rope_theta),
+    )
+    if rank.is_last_stage:
+        # Not a subclass of GPTModel: its post-processing changes its signature between Megatron's versions.
+        model.output_layer.__class__ = HiddenStatesOutput
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("embedding.", "output_layer.")):
+                parameter.zero_()  # rows of vocabulary padding belong to no tensor of the checkpoint
+    return model.cuda()
+
+
+def head_weight(model: nn.Module) -> torch.Tensor:
+    """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
+    inner: Any = model.module if hasattr(model, "module") else model
+    if inner.share_embeddings_and_output_weights:
+        return inner.shared_embedding_or_output_weight()
+    return inner.output_layer.weight
+
+
+@dataclass(frozen=True)
+class Model:
+    """A stage of the policy on this rank, its layout in hub tensors, and what its head needs to know."""
+
+    rank: Rank
+    chunk: nn.Module  # GPTModel, or Megatron's DDP around it
+    config: TransformerConfig
+    arch: Architecture
+    pieces: tuple[Piece, ...]
+    device: torch.device
+    temperature: float = 1.0
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters by the names of the layout's pieces."""
+        inner: Any = self.chunk.module if hasattr(self.chunk, "module") else self.chunk
+        return dict(inner.named_parameters())
+
+    def shard(self, weight: Tensor) -> VocabShard:
+        """This TP rank's rows of the head."""
+        return VocabShard(self.rank.at.tensor * weight.shape[0], self.arch.vocab_size, self.rank.tensor_group)
+
+
+def load_model(
+    path: Path, rank: Rank, dtype: torch.dtype, *, sequence_parallel: bool, temperature: float = 1.0
+) -> Model:
+    """This rank's stage of the model in a Hugging Face directory; each rank reads only the boxes it holds."""
+    arch = load_architecture(path)
+    chunk = build_model(arch, rank, dtype, sequence_parallel)
+    pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine_installed()))
+    load_pieces(dict(chunk.named_parameters()), pieces, checkpoint_files(path))
+    return Model(rank, chunk, chunk.config, arch, pieces, next(chunk.parameters()).device, temperature)

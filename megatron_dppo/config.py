@@ -1,0 +1,353 @@
+"""The config tree: what a run is told, typed, bounded and checked before anything starts.
+
+A recipe is one YAML file; the command line adds dotted overrides:
+
+    config = load_config("configs/quickstart.yaml", ["training.steps=50"])
+    validate_or_raise(config)
+
+`load_config` refuses what the types refuse (unknown keys, wrong types, values out of bounds) and
+`validate_or_raise` what only several fields, the files or the model can tell (`config_rules.py`). Either
+raises one `ConfigError` that names every fault it can see.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_dppo.config_rules import broken_rules
+
+DType = Literal["float32", "bfloat16"]
+MAX_TOP_K = 128  # entries an engine is asked for beside the sampled one; a reply grows with it
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; `faults` holds one line for each thing to mend."""
+
+    def __init__(self, source: str, faults: Sequence[str]):
+        self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  - {fault}" for fault in self.faults)]))
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are read-only, numbers are finite."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+
+class RunConfig(Section):
+    """Name, place and seed of a run."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    dir: Path = Field(default_factory=lambda data: Path("runs") / data["name"])  # everything a run writes
+    seed: int = Field(0, ge=0)
+
+
+class ModelConfig(Section):
+    """The model to train."""
+
+    path: Path  # Hugging Face directory: config.json, safetensors, tokenizer
+    dtype: DType = "bfloat16"  # of the trained parameters; the optimizer's are float32
+
+
+class ParallelConfig(Section):
+    """How the trainer's ranks split the model."""
+
+    tensor: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    expert_tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1)
+    sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
+    distributed_optimizer: bool = True
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas of the dense layers: what tensor and pipeline leave of the ranks."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """`sequence_parallel` with "auto" decided."""
+        return self.tensor > 1 if self.sequence_parallel == "auto" else self.sequence_parallel
+
+
+class DataConfig(Section):
+    """JSONL files of prompts with checkable answers."""
+
+    train: Path
+    eval: Path | None = None
+    prompt_key: str = Field("prompt", min_length=1)
+    answer_key: str = Field("answer", min_length=1)
+    max_prompt_tokens: int = Field(gt=0)  # longer prompts are refused, with a count
+    chat_template: bool = False
+
+
+class FinalAnswerReward(Section):
+    """1 where the text after the last marker equals the answer."""
+
+    name: Literal["final_answer"]
+    marker: str = Field(">", min_length=1)
+
+
+class MathReward(Section):
+    """1 where math-verify finds the response's answer equal to the expected one."""
+
+    name: Literal["math"]
+    timeout_s: float = Field(5.0, gt=0)  # CPU seconds for one response, which is wrong beyond
+    workers: int = Field(2, ge=1)  # processes that check answers
+
+
+RewardConfig = Annotated[FinalAnswerReward | MathReward, Field(discriminator="name")]
+
+
+class RolloutConfig(Section):
+    """Engines and sampling."""
+
+    engine: Literal["vllm"] = "vllm"
+    urls: list[str] = []  # running servers; empty: this job starts one and ends it
+    dtype: DType = "bfloat16"
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_response_tokens: int = Field(gt=0)
+    prompts_per_step: int = Field(gt=0)
+    samples_per_prompt: int = Field(gt=0)
+    max_concurrency: int = Field(64, gt=0)  # requests in flight
+    request_timeout_s: float = Field(600.0, gt=0)
+    max_retries: int = Field(3, ge=0)  # of one request
+    start_timeout_s: float = Field(300.0, gt=0)
+    kv_cache_gib: float = Field(1.0, gt=0)
+    log_topk: int = Field(0, ge=0, le=MAX_TOP_K)  # most probable tokens recorded for metrics alone
+
+
+class ObjectiveConfig(Section):
+    """A policy objective with the paper's numbers of a preset; what is not None departs from them."""
+
+    name: str = "dppo_binary_tv"
+    preset: Literal["sanity", "scaling", "lora"] = "sanity"
+    anchor: Literal["rollout", "recomputed"] | None = None
+    cap: float | None = Field(None, ge=1, allow_inf_nan=True)  # .inf: uncapped
+    delta: float | None = Field(None, gt=0, allow_inf_nan=True)  # both sides at once; .inf leaves a side free
+    delta_low: float | None = Field(None, gt=0, allow_inf_nan=True)
+    delta_high: float | None = Field(None, gt=0, allow_inf_nan=True)
+    eps_low: float | None = Field(None, gt=0, allow_inf_nan=True)
+    eps_high: float | None = Field(None, gt=0, allow_inf_nan=True)
+    alpha: float | None = Field(None, ge=0, le=1)
+    relax: Literal["both", "high", "low"] | None = None
+    top_k: int | None = Field(None, gt=0, le=MAX_TOP_K)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields that were set beside `name` and `preset`."""
+        return {k: v for k, v in self.model_dump(exclude={"name", "preset"}).items() if v is not None}
+
+
+class AdvantageConfig(Section):
+    """The advantage of a sample within its group."""
+
+    normalise: Literal["none", "std", "leave_one_out"] = "none"
+
+
+class LossConfig(Section):
+    """What the summed loss is divided by, and the entropy bonus."""
+
+    normaliser: Literal["tokens", "sequences", "constant"] = "tokens"
+    constant: float | None = Field(None, gt=0)  # the divisor of `normaliser: constant`
+    entropy_coefficient: float = 0.0
+
+
+class TrainingConfig(Section):
+    """Gradient steps, optimizer and schedule."""
+
+    steps: int = Field(gt=0)  # batches of rollouts
+    minibatches: int = Field(4, gt=0)  # gradient steps on each batch
+    micro_batch_tokens: int = Field(gt=0)  # budget of one padded micro-batch: rows x longest row
+    lr: float = Field(gt=0)
+    min_lr_ratio: float = Field(1.0, ge=0, le=1)  # last learning rate over `lr`
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, gt=0)  # None: `steps`
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, gt=0)
+    rollout_timeout_s: float = Field(3600.0, gt=0)  # how long the trainer waits for one batch of rollouts
+
+
+class EvaluationConfig(Section):
+    """Accuracy on `data.eval`, before and after training and every so many steps."""
+
+    every: int = Field(0, ge=0)  # 0: only before and after
+    prompts: int = Field(512, gt=0)  # the first so many of the file
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1
+    )  # stop when greedy, and sampled if measured, reach it
+    sampled: bool = True  # beside greedy
+    temperature: float = Field(1.0, gt=0)  # of the sampled evaluation
+
+
+class LoggingConfig(Section):
+    """What a run writes beside metrics.jsonl and summary.json."""
+
+    tensorboard: bool = True
+    plot: bool = True
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    reward: RewardConfig
+    rollout: RolloutConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies `key.path=value` overrides, values parsed as YAML.
+
+    Raises ConfigError naming every unknown key (with the nearest known one), wrong type and value out of
+    bounds, and with them every broken rule among the sections that could be read.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [f"got {type(raw).__name__}, expected a mapping of sections"])
+    faults = [fault for override in overrides if (fault := _apply_override(raw, override))]
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [_type_fault(item) for item in error.errors()]
+    else:
+        if not faults:
+            return config
+    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw)))
+
+
+def check_config(config: Config) -> list[str]:
+    """Every fault that the types cannot see: between fields, of files, of the model and its tokenizer."""
+    return broken_rules({name: getattr(config, name) for name in Config.model_fields})
+
+
+def validate_or_raise(config: Config) -> None:
+    """Raises ConfigError naming every fault of `check_config`."""
+    faults = check_config(config)
+    if faults:
+        raise ConfigError(f"config of run {config.run.name!r}", faults)
+
+
+def save_config(config: Config, path: Path | str) -> None:
+    """Writes the config as YAML that `load_config` reads back to an equal one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    os.replace(beside, path)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML's own keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> str | None:
+    """Sets one `key.path=value` in place; returns the fault, if any."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        return f"override {override!r}: expected key.path=value, as in training.steps=50"
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        return f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}"
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            return f"override {override!r}: {parent} is a value, not a section"
+    node[leaf] = value
+    return None
+
+
+def _readable_sections(raw: Mapping[str, Any]) -> dict[str, BaseModel]:
+    """The sections that are valid once unknown keys are dropped: their rules are checked all the same."""
+    sections: dict[str, BaseModel] = {}
+    for name, field in Config.model_fields.items():
+        if name == "reward":  # no rule reads it
+            continue
+        value = raw.get(name, {})
+        kind = field.annotation
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        if isinstance(value, dict):
+            known = {key: item for key, item in value.items() if key in kind.model_fields}
+            try:
+                sections[name] = kind.model_validate(known)
+            except ValidationError:
+                continue
+    return sections
+
+
+def _type_fault(error: Mapping[str, Any]) -> str:
+    """One line for one pydantic error, in terms of the YAML's keys."""
+    loc = [
+        str(part) for part in error["loc"] if part not in ("final_answer", "math")
+    ]  # pydantic's union tags
+    key = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(loc)}"
+    if error["type"] == "missing":
+        return f"{key}: missing, a value is required"
+    return f"{key}: got {error['input']!r}, {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _nearest(loc: Sequence[str]) -> str:
+    """ ", did you mean ...?" for an unknown key; empty where nothing is near."""
+    known = list(_known_keys(Config, ""))
+    siblings = [key for key in known if key.rpartition(".")[0] == ".".join(loc[:-1])]
+    for candidates in (siblings, known):
+        by_last = {key.rpartition(".")[2]: key for key in reversed(candidates)}
+        if match := difflib.get_close_matches(loc[-1], by_last, n=1, cutoff=0.6):
+            return f", did you mean {by_last[match[0]]}?"
+    return f", known keys there: {', '.join(key.rpartition('.')[2] for key in siblings)}" if siblings else ""
+
+
+def _known_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Every dotted key, sections and leaves."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        kinds = (FinalAnswerReward, MathReward) if name == "reward" else (field.annotation,)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.")

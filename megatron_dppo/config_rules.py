@@ -1,0 +1,342 @@
+"""The rules of a config that no single field can state: between fields, against the model's files and the
+prompts'.
+
+A rule is a function whose parameter names are the config's sections it reads (and `arch`, the model's
+numbers, where its config.json can be read); it yields one line per fault, `key: got X, expected Y` and what
+to do. A rule runs when everything it reads is there, so a config broken in one place is still checked in
+every other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from megatron_dppo.architecture import Architecture, load_architecture
+
+if TYPE_CHECKING:
+    from megatron_dppo.config import (
+        DataConfig,
+        EvaluationConfig,
+        LossConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        ParallelConfig,
+        RolloutConfig,
+        TrainingConfig,
+    )
+
+
+def broken_rules(sections: Mapping[str, Any]) -> list[str]:
+    """One line for every broken rule among the given sections of a config (name -> section). Reads files."""
+    known = dict(sections)
+    faults: list[str] = []
+    if "model" in known:
+        try:
+            known["arch"] = load_architecture(known["model"].path)
+        except FileNotFoundError:
+            pass  # model_files says it
+        except KeyError as error:
+            faults.append(f"model.path: {known['model'].path}/config.json has no {error.args[0]!r}")
+        except ValueError as error:
+            faults.append(f"model.path: {known['model'].path}: {error}")
+    for rule in RULES:
+        wanted = inspect.signature(rule).parameters
+        if wanted.keys() <= known.keys():
+            try:
+                faults += rule(**{name: known[name] for name in wanted})
+            except (OSError, json.JSONDecodeError) as error:  # a file that is there and cannot be read
+                faults.append(f"{', '.join(wanted)}: {error}")
+    return faults
+
+
+def _model_files(model: ModelConfig) -> Iterator[str]:
+    """config.json and every weights file are there."""
+    path = model.path
+    if not path.is_dir():
+        yield f"model.path: no directory {path}, expected a Hugging Face model directory"
+        return
+    if not (path / "config.json").is_file():
+        yield f"model.path: no config.json in {path}, expected a Hugging Face model directory"
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            yield f"model.path: {path} lacks {len(missing)} of {len(shards)} weights files: {_few(missing)}"
+    elif not (path / "model.safetensors").is_file():
+        yield f"model.path: no model.safetensors (nor its index) in {path}, expected the weights"
+
+
+def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    """The tokenizer is there and belongs to the model: no id beyond its vocabulary, the same end of text."""
+    from tokenizers import Tokenizer
+
+    path = model.path
+    if not (path / "config.json").is_file():
+        return  # _model_files says it
+    if not (path / "tokenizer.json").is_file():
+        yield f"model.path: no tokenizer.json in {path}, expected the model's fast tokenizer"
+        return
+    try:
+        vocabulary = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing more specific
+        yield f"model.path: {path}/tokenizer.json cannot be read: {error}"
+        return
+    settings, hf = _json(path / "tokenizer_config.json"), _json(path / "config.json")
+    largest, vocab_size = max(vocabulary.values()), hf.get("vocab_size", math.inf)
+    if largest >= vocab_size:
+        yield (
+            f"model.path: the tokenizer does not match the model: its largest id is {largest}, "
+            f"expected below the model's vocab_size {vocab_size}"
+        )
+    eos = settings.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    model_ids = _ids(hf.get("eos_token_id")) | _ids(
+        _json(path / "generation_config.json").get("eos_token_id")
+    )
+    if eos is None or eos not in vocabulary:
+        yield f"model.path: the tokenizer's eos_token: got {eos!r}, expected a token of its vocabulary"
+    elif not model_ids:
+        yield f"model.path: config.json has no eos_token_id, expected the tokenizer's {vocabulary[eos]}"
+    elif vocabulary[eos] not in model_ids:
+        yield (
+            f"model.path: the tokenizer does not match the model: its eos_token {eos!r} is id "
+            f"{vocabulary[eos]}, expected the model's eos_token_id {_few(sorted(model_ids))}"
+        )
+    templates = ("chat_template.jinja", "chat_template.json")
+    if (
+        data.chat_template
+        and "chat_template" not in settings
+        and not any((path / t).is_file() for t in templates)
+    ):
+        yield f"data.chat_template: got true, expected false: the tokenizer in {path} has none"
+
+
+def _ranks(parallel: ParallelConfig) -> Iterator[str]:
+    """The ranks divide into both grids, the dense layers' and the experts'."""
+    for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
+        size = math.prod(getattr(parallel, name) for name in names)
+        if parallel.ranks % size:
+            yield f"parallel.ranks: got {parallel.ranks}, expected a multiple of {' x '.join(names)} = {size}"
+    if parallel.sequence_parallel is True and parallel.tensor == 1:
+        yield "parallel.sequence_parallel: got true with parallel.tensor 1, expected false or auto"
+
+
+def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
+    """Every degree of parallelism divides what it splits."""
+    tensor, heads, kv_heads = parallel.tensor, arch.num_attention_heads, arch.num_key_value_heads
+    if heads % tensor:
+        yield f"parallel.tensor: got {tensor}, expected a divisor of the model's {heads} attention heads"
+    if kv_heads % tensor and tensor % kv_heads:
+        yield f"parallel.tensor: got {tensor}, expected a divisor or multiple of its {kv_heads} KV heads"
+    if not all(arch.moe_layers) and arch.intermediate_size % tensor:
+        yield (
+            f"parallel.tensor: got {tensor}, expected a divisor of the dense layers' intermediate_size "
+            f"{arch.intermediate_size}"
+        )
+    layers, pipeline = arch.num_layers, parallel.pipeline
+    if pipeline > layers:
+        yield f"parallel.pipeline: got {pipeline}, expected at most the model's {layers} layers"
+    elif layers % pipeline:
+        yield f"parallel.pipeline: got {pipeline}, expected a divisor of the model's {layers} layers"
+    if not arch.is_moe:
+        for name in ("expert", "expert_tensor"):
+            if getattr(parallel, name) > 1:
+                yield f"parallel.{name}: got {getattr(parallel, name)}, expected 1: the model has no experts"
+        return
+    if arch.num_experts % parallel.expert:
+        experts = arch.num_experts
+        yield f"parallel.expert: got {parallel.expert}, expected a divisor of the model's {experts} experts"
+    if arch.moe_intermediate_size % parallel.expert_tensor:
+        yield (
+            f"parallel.expert_tensor: got {parallel.expert_tensor}, expected a divisor of the experts' "
+            f"moe_intermediate_size {arch.moe_intermediate_size}"
+        )
+    if tensor > 1 and not parallel.uses_sequence_parallel:
+        yield "parallel.sequence_parallel: got false, expected true or auto: experts under tensor > 1 need it"
+
+
+def _train_prompts(data: DataConfig) -> Iterator[str]:
+    yield from _prompt_file("data.train", data.train, data)
+
+
+def _eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[str]:
+    if data.eval is not None:
+        yield from _prompt_file("data.eval", data.eval, data)
+        return
+    for name in ("every", "target_accuracy"):
+        if getattr(evaluation, name):
+            yield f"evaluation.{name}: got {getattr(evaluation, name)}, but data.eval is not set"
+
+
+def _evaluation(evaluation: EvaluationConfig) -> Iterator[str]:
+    if evaluation.target_accuracy is not None and not evaluation.every:
+        yield "evaluation.every: got 0, expected more: evaluation.target_accuracy needs it"
+
+
+def _prompt_file(key: str, path: Path, data: DataConfig) -> Iterator[str]:
+    """The file is there and its first line names the keys; lines are judged one by one when they are read."""
+    if not path.is_file():
+        yield f"{key}: no file {path}, expected JSONL with one prompt and answer a line"
+        return
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), None)
+    if first is None:
+        yield f"{key}: {path} is empty, expected JSONL with one prompt and answer a line"
+        return
+    try:
+        record = json.loads(first)
+    except ValueError:
+        return
+    for name in (data.prompt_key, data.answer_key):
+        if isinstance(record, dict) and name not in record:
+            yield f"{key}: the first line of {path} has no key {name!r}, its keys are {_few(sorted(record))}"
+
+
+def _sampling(rollout: RolloutConfig) -> Iterator[str]:
+    """Training knows mu only where sampling did not cut the distribution."""
+    reason = "the trainer cannot reproduce the log-probs of a truncated distribution"
+    if rollout.top_p != 1.0:
+        yield f"rollout.top_p: got {rollout.top_p}, expected 1.0: {reason}"
+    if rollout.top_k != -1:
+        yield f"rollout.top_k: got {rollout.top_k}, expected -1: {reason}"
+    for url in rollout.urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"rollout.urls: got {url!r}, expected an address such as http://node1:8000"
+
+
+def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:
+    if rollout.samples_per_prompt == 1:
+        yield "rollout.samples_per_prompt: got 1, expected at least 2: a group of one has advantage 0"
+
+
+def _lengths(rollout: RolloutConfig, data: DataConfig, arch: Architecture) -> Iterator[str]:
+    longest = data.max_prompt_tokens + rollout.max_response_tokens
+    if longest > arch.max_position_embeddings:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_response_tokens: got {longest}, expected at most "
+            f"the model's max_position_embeddings {arch.max_position_embeddings}"
+        )
+
+
+def _micro_batch(rollout: RolloutConfig, data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    longest = data.max_prompt_tokens + rollout.max_response_tokens
+    if training.micro_batch_tokens < longest:
+        yield (
+            f"training.micro_batch_tokens: got {training.micro_batch_tokens}, expected at least {longest}, "
+            "the longest sequence (data.max_prompt_tokens + rollout.max_response_tokens)"
+        )
+
+
+def _minibatches(rollout: RolloutConfig, training: TrainingConfig) -> Iterator[str]:
+    if rollout.prompts_per_step % training.minibatches:
+        yield (
+            f"training.minibatches: got {training.minibatches}, expected a divisor of "
+            f"rollout.prompts_per_step {rollout.prompts_per_step}: groups stay whole"
+        )
+
+
+def _replicas(rollout: RolloutConfig, training: TrainingConfig, parallel: ParallelConfig) -> Iterator[str]:
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt // training.minibatches
+    if samples < parallel.data:
+        yield (
+            f"training.minibatches: got {training.minibatches}, expected fewer: {samples} samples in each "
+            f"for {parallel.data} data-parallel replicas"
+        )
+
+
+def _schedule(training: TrainingConfig) -> Iterator[str]:
+    if training.schedule == "constant":
+        if training.min_lr_ratio != 1.0:
+            yield f"training.min_lr_ratio: got {training.min_lr_ratio}, which schedule constant does not use"
+        if training.decay_steps is not None:
+            yield f"training.decay_steps: got {training.decay_steps}, which schedule constant does not use"
+        return
+    if training.min_lr_ratio == 1.0:
+        yield f"training.min_lr_ratio: got 1.0, expected less: schedule {training.schedule} decays to it"
+    decay_steps = training.decay_steps or training.steps
+    if training.warmup_steps >= decay_steps:
+        yield f"training.warmup_steps: got {training.warmup_steps}, expected below decay_steps {decay_steps}"
+
+
+def _loss(loss: LossConfig) -> Iterator[str]:
+    if loss.normaliser == "constant" and loss.constant is None:
+        yield "loss.constant: missing, loss.normaliser constant needs it"
+    if loss.normaliser != "constant" and loss.constant is not None:
+        yield f"loss.constant: got {loss.constant}, which loss.normaliser {loss.normaliser} does not use"
+
+
+def _objective(objective: ObjectiveConfig) -> Iterator[str]:
+    """The objective exists and uses everything that was set beside its name."""
+    from megatron_dppo.algorithm.objectives import make_objective
+
+    def fault(**overrides: Any) -> str | None:
+        try:
+            make_objective(objective.name, preset=objective.preset, **overrides)
+        except ValueError as error:
+            return f"objective: {str(error).removeprefix('objective: ')}"
+        return None
+
+    faults = [fault()]
+    if faults == [None]:  # a known name: each override alone, so that every fault is named, then all of them
+        faults = [fault(**{name: value}) for name, value in objective.overrides.items()]
+        faults = faults if any(faults) else [fault(**objective.overrides)]
+    yield from filter(None, faults)
+
+
+def _top_k(objective: ObjectiveConfig, rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
+    """The K recorded tokens leave room for the sampled one beside them."""
+    from megatron_dppo.algorithm.objectives import make_objective
+
+    try:
+        top_k = make_objective(objective.name, preset=objective.preset, **objective.overrides).top_k
+    except ValueError:  # _objective says it
+        top_k = 0
+    for key, value in (("rollout.log_topk", rollout.log_topk), ("objective.top_k", top_k)):
+        if value >= arch.vocab_size:
+            yield f"{key}: got {value}, expected less than the model's vocabulary of {arch.vocab_size}"
+
+
+RULES = (
+    _model_files,
+    _tokenizer,
+    _ranks,
+    _layout,
+    _train_prompts,
+    _eval_prompts,
+    _evaluation,
+    _sampling,
+    _advantage_groups,
+    _lengths,
+    _micro_batch,
+    _minibatches,
+    _replicas,
+    _schedule,
+    _loss,
+    _objective,
+    _top_k,
+)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    """A token id, several or none, as a set."""
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _few(items: list[Any], limit: int = 4) -> str:
+    """The first few items, and how many more."""
+    shown = ", ".join(str(item) for item in itertools.islice(items, limit))
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

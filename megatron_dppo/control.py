@@ -1,0 +1,70 @@
+"""Messages between the processes of a job: JSON under a key, posted once, waited for with a deadline.
+
+Built on torch's TCPStore, which the launcher serves. Large things (samples, weights) travel through shared memory;
+a message says where they lie. No collective of the trainer ever waits for a rollout: ranks wait here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+# In the environment of every process of a job:
+CONTROL_VARIABLE = "MEGATRON_DPPO_CONTROL"  # host:port of the store
+SHARED_VARIABLE = "MEGATRON_DPPO_SHARED"  # a directory in shared memory, the job's own
+ENGINE_URLS_VARIABLE = "MEGATRON_DPPO_ENGINE_URLS"  # comma-separated; the client's
+
+ENGINES_KEY = "engines"  # client to launcher: what the engines say about themselves
+CONNECT_TIMEOUT_S = 60.0
+
+
+def weights_key(version: int) -> str:
+    """Trainer to client: weights of `version` lie in the shared image (a manifest)."""
+    return f"weights/{version}"
+
+
+def batch_key(step: int) -> str:
+    """Client to trainer: the samples of `step`, or why there are no more."""
+    return f"batch/{step}"
+
+
+class ControlTimeout(RuntimeError):
+    """A message did not come in time."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One process's connection. Use `serve` in the launcher and `connect` elsewhere."""
+
+    address: str
+    _store: dist.TCPStore
+
+    @classmethod
+    def serve(cls, host: str = "127.0.0.1") -> Control:
+        """Starts the store in this process, on a port that is free."""
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return cls(f"{host}:{store.port}", store)
+
+    @classmethod
+    def connect(cls, address: str) -> Control:
+        """Joins the store at `host:port`."""
+        host, _, port = address.rpartition(":")
+        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+        return cls(address, dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False))
+
+    def post(self, key: str, message: Mapping[str, Any]) -> None:
+        """Leaves `message` (anything JSON can say) for everybody who waits for `key`."""
+        self._store.set(key, json.dumps(message))
+
+    def wait(self, key: str, timeout_s: float) -> dict[str, Any]:
+        """The message posted under `key`; raises ControlTimeout after `timeout_s` seconds."""
+        try:
+            self._store.wait([key], timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            raise ControlTimeout(f"waited {timeout_s:.0f} s for {key!r}, got nothing: {error}") from None
+        return dict(json.loads(self._store.get(key)))

@@ -1,0 +1,1 @@
+"""Prompts, rewards and the arithmetic task of the quickstart."""

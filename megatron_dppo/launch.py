@@ -1,0 +1,161 @@
+"""One job on one machine: starts engine, rollout client and trainer ranks, watches them, and ends them all.
+
+Whatever way the job ends (done, a process that died, Ctrl-C, SIGTERM) nothing it started is left running and its
+shared memory is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_dppo.config import Config, save_config
+from megatron_dppo.control import CONTROL_VARIABLE, ENGINE_URLS_VARIABLE, ENGINES_KEY, SHARED_VARIABLE, Control
+from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
+from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
+from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
+
+CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
+HOST = "127.0.0.1"
+
+
+def launch(config: Config) -> int:
+    """Runs the job to its end and writes its summary; returns 0.
+
+    Raises ChildDied with the last lines of its log when a process dies, EngineUnreachable when the engine does not get
+    ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
+    """
+    started = time.time()
+    console = Console()
+    run_dir = config.run.dir
+    logs = run_dir / "logs"
+    for old in ("metrics.jsonl", "summary.json", "logs", "tensorboard"):
+        _remove(run_dir / old)
+    resolved = run_dir / "resolved.yaml"
+    save_config(config, resolved)
+    with stop_on_exit() as children, shared_directory(config.run.name) as shared:
+        control = Control.serve(HOST)
+        env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
+        urls = list(config.rollout.urls)
+        if not urls:
+            url, engine = _start_engine(config, logs)
+            urls.append(url)
+            children.append(engine)
+        argv = [sys.executable, "-m", "megatron_dppo.trainer", str(resolved)]
+        ranks = start_ranks(argv, config.parallel.ranks, env=env, logs=logs)
+        children += ranks
+        console.print(f"{config.run.name}: {len(ranks)} ranks, engine {', '.join(urls)}; logs in {logs}", highlight=False)
+        if not config.rollout.urls:
+            wait_ready(urls[0], children[0], config.rollout.start_timeout_s)
+        argv = [sys.executable, "-m", "megatron_dppo.rollout.client", str(resolved)]
+        client = start("rollout client", argv, env={**env, ENGINE_URLS_VARIABLE: ",".join(urls)}, log_path=logs / "client.log")
+        children.append(client)
+        progress = Progress(run_dir / "metrics.jsonl", console)
+        supervise(children, until=[client, *ranks], watch=progress)
+        progress()
+        engines = control.wait(ENGINES_KEY, timeout_s=1.0)["engines"]
+    _finish(config, engines, time.time() - started, console)
+    return 0
+
+
+def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
+    import torch
+
+    cpu = torch.cuda.device_count() == 0
+    port = free_port()
+    rollout = config.rollout
+    argv = server_command(
+        config.model.path.absolute(),
+        port=port,
+        cpu=cpu,
+        dtype=rollout.dtype,
+        max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
+        max_num_seqs=rollout.max_concurrency,
+    )
+    env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=max(1, int(rollout.kv_cache_gib)))
+    return f"http://{HOST}:{port}", start("engine", argv, env=env, log_path=logs / "engine.log")
+
+
+def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs: Path) -> list[Child]:
+    """Starts `argv` once a rank, as torchrun would on one machine: RANK, WORLD_SIZE, MASTER_ADDR and so on."""
+    job = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron needs it for sequence parallelism on GPUs before Blackwell
+    }
+    return [
+        start(
+            f"rank {rank}",
+            argv,
+            env={**env, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log_path=logs / f"rank{rank}.log",
+        )
+        for rank in range(ranks)
+    ]
+
+
+@contextlib.contextmanager
+def shared_directory(name: str) -> Iterator[Path]:
+    """A directory in shared memory that is removed at the end."""
+    root = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(prefix=f"megatron_dppo-{name}-", dir=root if root.is_dir() else None))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, console: Console) -> None:
+    """Summary and learning curve from the run's metrics."""
+    run_dir = config.run.dir
+    records = read_metrics(run_dir / "metrics.jsonl")
+    trained = [record for record in records if "loss" in record]
+    evaluated = [record for record in records if "eval/accuracy_greedy" in record]
+
+    def accuracy(position: int, kind: str) -> float | None:
+        return evaluated[position].get(f"eval/accuracy_{kind}") if evaluated else None
+
+    def mean(name: str) -> float:
+        return sum(record[name] for record in trained) / len(trained)
+
+    summary = {
+        "accuracy_before": accuracy(0, "greedy"),
+        "accuracy_after": accuracy(-1, "greedy"),
+        "accuracy_before_sampled": accuracy(0, "sampled"),
+        "accuracy_after_sampled": accuracy(-1, "sampled"),
+        "steps": len(trained),
+        "seconds": round(seconds, 1),
+        "step_seconds": round(mean("seconds/total"), 3),
+        "objective": config.objective.name,
+        "tp": config.parallel.tensor,
+        "ep": config.parallel.expert,
+        "engine": config.rollout.engine,
+        "engine_version": engines[0]["engine_version"],
+        "mean_abs_pi_minus_mu": mean("mean_abs_pi_minus_mu"),
+        "mismatch": mean("mismatch"),
+        "load_average": os.getloadavg()[0],
+    }
+    write_summary(run_dir / "summary.json", summary)
+    if config.logging.plot:
+        plot_learning_curve(run_dir / "metrics.jsonl", run_dir / "learning_curve.png")
+    console.print(f"summary: {run_dir / 'summary.json'}", highlight=False)
+    for name, value in summary.items():
+        console.print(f"  {name}: {value}", highlight=False)

@@ -1,0 +1,234 @@
+"""What a run leaves to be read: metrics.jsonl, TensorBoard events, the progress on the terminal, the learning
+curve.
+
+A metric is a number by name. `COLUMNS` names those that the progress row and the figure show; any other goes
+to the files just the same. Held-out accuracies are `eval/accuracy_greedy` and `eval/accuracy_sampled`, and
+the seconds of a phase `seconds/<phase>`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REWARD = "reward"
+ACCURACY = "accuracy"
+MEAN_ABS_PI_MINUS_MU = "mean_abs_pi_minus_mu"
+ENTROPY = "entropy"
+MASKED_POSITIVE = "masked_share_positive"  # of the tokens with A > 0
+MASKED_NEGATIVE = "masked_share_negative"  # of the tokens with A < 0
+RESPONSE_LENGTH = "response_length"
+EVAL_GREEDY = "eval/accuracy_greedy"
+EVAL_SAMPLED = "eval/accuracy_sampled"
+SECONDS = "seconds/"
+
+
+class Column(NamedTuple):
+    """A metric in the progress row."""
+
+    key: str
+    title: str
+    format: str
+
+
+COLUMNS = (
+    Column(REWARD, "reward", "{:.3f}"),
+    Column(ACCURACY, "acc", "{:.3f}"),
+    Column(MEAN_ABS_PI_MINUS_MU, "|pi-mu|", "{:.5f}"),
+    Column(ENTROPY, "entropy", "{:.3f}"),
+    Column(MASKED_POSITIVE, "mask A>0", "{:.2%}"),
+    Column(MASKED_NEGATIVE, "mask A<0", "{:.2%}"),
+    Column(RESPONSE_LENGTH, "length", "{:.1f}"),
+)
+ROWS_PER_HEADER = 20
+
+
+class MetricsWriter:
+    """Writes each step's metrics to `<directory>/metrics.jsonl` and to TensorBoard.
+
+    The file is appended to, so that a resumed run continues it. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True):
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of `step`. A number that is not finite is null in the file."""
+        self._file.write(json.dumps({"step": step} | _finite(metrics), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Progress:
+    """Shows a run on the terminal from its metrics.jsonl as another process writes it: call it now and then."""
+
+    def __init__(self, path: Path, console: Console):
+        self._path, self._console = path, console
+        self._position = self._rows = 0
+
+    def __call__(self) -> None:
+        """Prints the records that have come since the last call."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._position += len(line)
+                self._show(json.loads(line))
+
+    def _show(self, record: dict[str, Any]) -> None:
+        metrics = {name: value for name, value in record.items() if value is not None}
+        # An evaluation is of the weights before the step's training.
+        if EVAL_GREEDY in metrics or EVAL_SAMPLED in metrics:
+            self._print(evaluation_row(record["step"], metrics))
+        if any(column.key in metrics for column in COLUMNS):
+            if self._rows % ROWS_PER_HEADER == 0:
+                self._print(progress_header())
+            self._rows += 1
+            self._print(progress_row(record["step"], metrics))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_header() -> str:
+    """Titles over `progress_row`."""
+    return " ".join(
+        ["step".rjust(5), *(column.title.rjust(_width(column)) for column in COLUMNS), " seconds"]
+    )
+
+
+def progress_row(step: int, metrics: Mapping[str, float]) -> str:
+    """One line: the step, `COLUMNS` ("-" where absent) and the seconds of each phase."""
+    cells = [
+        (column.format.format(metrics[column.key]) if column.key in metrics else "-").rjust(_width(column))
+        for column in COLUMNS
+    ]
+    seconds = [
+        f"{key.removeprefix(SECONDS)} {v:.2f}" for key, v in metrics.items() if key.startswith(SECONDS)
+    ]
+    return " ".join([str(step).rjust(5), *cells, " " + " ".join(seconds)]).rstrip()
+
+
+def evaluation_row(step: int, metrics: Mapping[str, float]) -> str:
+    """One line: held-out accuracies."""
+    named = (("greedy", EVAL_GREEDY), ("sampled", EVAL_SAMPLED))
+    return f"{step:5d} held-out accuracy: " + ", ".join(
+        f"{n} {metrics[key]:.3f}" for n, key in named if key in metrics
+    )
+
+
+def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:
+    """Writes the run's summary as JSON, beside and then renamed, so that no reader sees half of it."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in file order. A last line cut short by a crash is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:
+    """Draws accuracy and reward, |pi - mu|, entropy and the masked share over the steps into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex=True)
+    accuracy, mismatch, entropy, masked = panels.flat
+    _draw(accuracy, records, {REWARD: "training reward"}, color="tab:gray", alpha=0.7)
+    _draw(
+        accuracy,
+        records,
+        {EVAL_GREEDY: "held-out accuracy, greedy", EVAL_SAMPLED: "held-out, sampled"},
+        marker="o",
+    )
+    _draw(mismatch, records, {MEAN_ABS_PI_MINUS_MU: "training"})
+    _draw(entropy, records, {ENTROPY: "training"})
+    _draw(masked, records, {MASKED_POSITIVE: "A > 0", MASKED_NEGATIVE: "A < 0"})
+    _label(accuracy, "Reward and held-out accuracy", "share of right answers")
+    _label(mismatch, "Mean $|\\pi - \\mu|$ of the sampled tokens", "probability")
+    _label(entropy, "Entropy of the policy", "nats per token")
+    _label(masked, "Tokens masked by the trust region", "share of the tokens of that sign")
+    accuracy.set_ylim(-0.02, 1.02)
+    for panel in (mismatch, entropy, masked):
+        panel.set_ylim(bottom=0)
+    for panel in panels[1]:
+        panel.set_xlabel("training step")
+    beside = Path(png_path).with_name(Path(png_path).name + ".tmp")
+    figure.savefig(beside, dpi=120, format="png")
+    os.replace(beside, png_path)
+
+
+def _draw(panel: Axes, records: list[dict[str, Any]], names: Mapping[str, str], **style: Any) -> None:
+    """One line for each metric that was recorded at all."""
+    for key, label in names.items():
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if points:
+            panel.plot(
+                *zip(*points, strict=True), label=label, **{"linewidth": 1.6, "markersize": 4, **style}
+            )
+
+
+def _label(panel: Axes, title: str, y: str) -> None:
+    panel.set_title(title, fontsize=11)
+    panel.set_ylabel(y)
+    panel.grid(alpha=0.3)
+    if len(panel.get_lines()) > 1:
+        panel.legend(fontsize=9)
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinities as None: JSON has no word for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+def _width(column: Column) -> int:
+    return max(len(column.title), 7)

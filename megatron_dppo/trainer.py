@@ -1,0 +1,249 @@
+"""The trainer: what every rank runs. Started by the launcher as `python -m megatron_dppo.trainer CONFIG`.
+
+Each step: wait for scored samples -> gradient steps on their minibatches -> new weights for the engines -> metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dppo.algorithm.objectives import (
+    Objective,
+    RolloutTokens,
+    TokenStats,
+    coefficient,
+    make_objective,
+    metrics,
+)
+from megatron_dppo.backend.model import Model, load_model
+from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
+from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
+from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
+from megatron_dppo.config import Config, load_config
+from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
+from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
+from megatron_dppo.metrics import MetricsWriter
+from megatron_dppo.rollout.trajectory import load_batch
+from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.sync import SharedImage, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One rank's model and optimizer, and where it finds samples and leaves weights."""
+
+    config: Config
+    control: Control
+    model: Model
+    optimizer: Optimizer
+    objective: Objective
+    image: SharedImage
+
+    def run(self, writer: MetricsWriter | None) -> None:
+        """Trains until the client says that there are no more samples. `writer` on one rank only."""
+        step = 0
+        while True:
+            started = time.perf_counter()
+            message = self.control.wait(batch_key(step), self.config.training.rollout_timeout_s)
+            waited = time.perf_counter() - started
+            if message["stop"] is not None:
+                _write(writer, step, message, {}, {"wait": waited})
+                return
+            minibatches = self._load(message)
+            trained = self._train_step(step, minibatches)
+            train_seconds = time.perf_counter() - started - waited
+            self._publish(step + 1)
+            seconds = {"wait": waited, "train": train_seconds, "total": time.perf_counter() - started}
+            _write(writer, step, message, trained, seconds)
+            step += 1
+
+    @property
+    def num_topk(self) -> int:
+        """How many of the engine's most probable tokens are used: by the objective, or for the metrics alone."""
+        return self.objective.top_k or self.config.rollout.log_topk
+
+    def _load(self, message: dict[str, Any]) -> list[list[MicroBatch]]:
+        """This replica's samples as minibatches of micro-batches."""
+        replica = self.model.rank.at.data
+        samples = iter(load_batch(Path(message["files"][replica])))
+        loss = self.config.loss
+        weights = LossWeights(loss.normaliser, int(loss.constant or 1))
+        multiple = self.config.parallel.tensor
+        return [
+            [
+                build_micro_batch(
+                    [next(samples) for _ in range(size)], num_topk=self.num_topk, weights=weights, length_multiple=multiple
+                )
+                for size in sizes
+            ]
+            for sizes in message["micro_batch_sizes"][replica]
+        ]
+
+    def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
+        """One gradient step a minibatch; returns the step's metrics (on every rank)."""
+        old = self._recompute(minibatches)
+        self.optimizer.advance()
+        sums: list[Sums] = []
+        norms = []
+        for index, minibatch in enumerate(minibatches):
+            self.optimizer.zero()
+            tokens = [
+                _rollout_tokens(batch, old_stats, self.model.device)
+                for batch, old_stats in zip(minibatch, old[index], strict=True)
+            ]
+            results = loss_pass(self.model, minibatch, self._coefficients(tokens))
+            try:
+                losses = {f"the loss of micro-batch {i}": result["loss"] for i, result in enumerate(results)}
+                norms.append(self.optimizer.step(watch=losses))
+            except NonFinite as error:
+                raise NonFinite(f"step {step}, minibatch {index}: {error}") from None
+            sums += results
+        at_sampling = _means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
+        means = _means(sums, self.model)
+        if not self.num_topk:
+            del means["topk_tv"]  # not measured
+        return means | {
+            "mismatch": at_sampling["mean_abs_pi_minus_mu"],
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self.optimizer.lr,
+        }
+
+    def _recompute(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[TokenStats | None]]:
+        """The old policy's statistics, before its weights move; only where the objective is anchored to it."""
+        if self.objective.anchor == "rollout":
+            return [[None] * len(minibatch) for minibatch in minibatches]
+        old: list[list[TokenStats | None]] = []
+        for minibatch in minibatches:
+            stats = stats_pass(self.model, minibatch)
+            old.append([*stats] if self.model.rank.is_last_stage else [None] * len(minibatch))
+        return old
+
+    def _coefficients(self, tokens: Sequence[RolloutTokens]) -> Any:
+        """Eq. 23 for the head: per token M_t min(r_t, C) A_t, and the entropy bonus where the config has one."""
+        bonus = self.config.loss.entropy_coefficient
+
+        def coefficients(index: int, stats: TokenStats) -> tuple[Tensor, Tensor | None, Sums]:
+            result = coefficient(self.objective, stats, tokens[index])
+            c_entropy = torch.full_like(stats.entropy, bonus) if bonus else None
+            return result.value, c_entropy, metrics(stats, tokens[index], result)
+
+        return coefficients
+
+    def _publish(self, version: int) -> None:
+        """Leaves the weights in the shared image and tells the client."""
+        self.image.write(self.model.parameters, self.model.pieces)
+        manifest = self.image.manifest(version)
+        if self.model.rank.rank == 0:
+            self.control.post(weights_key(version), manifest.as_json())
+
+
+def _rollout_tokens(batch: MicroBatch, old: TokenStats | None, device: torch.device) -> RolloutTokens:
+    topk = None if batch.mu_topk_logprob is None else torch.from_numpy(batch.mu_topk_logprob).to(device)
+    return RolloutTokens(
+        advantage=torch.from_numpy(batch.advantage).to(device),
+        logprob=torch.from_numpy(batch.mu_logprob).to(device),
+        topk_logprob=topk,
+        recomputed_logprob=None if old is None else old.logprob,
+        recomputed_topk_logprob=None if old is None else old.topk_logprob,
+    )
+
+
+def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
+    """Means over all tokens of all replicas. One all-reduce of a dozen float64; the numbers leave the device here."""
+    names = (
+        "loss", "count", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
+        "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
+    )  # fmt: skip
+    total = torch.zeros(len(names), dtype=torch.float64, device=model.device)
+    if model.rank.reports:
+        for result in sums:
+            total += torch.stack([result[name].double() if name in result else total.new_zeros(()) for name in names])
+    dist.all_reduce(total)
+    value = dict(zip(names, total.tolist(), strict=True))
+    tokens, positive, negative = (max(value[name], 1.0) for name in ("tokens", "positive", "negative"))
+    return {
+        "loss": value["loss"] / max(value["count"], 1.0),
+        "tokens": value["tokens"],
+        "mean_abs_pi_minus_mu": value["abs_pi_minus_mu"] / tokens,
+        "entropy": value["entropy"] / tokens,
+        "divergence": value["divergence"] / tokens,
+        "kl_mu_pi": value["kl_mu_pi"] / tokens,
+        "topk_tv": value["topk_tv"] / tokens,
+        "masked_share_positive": value["masked_positive"] / positive,
+        "masked_share_negative": value["masked_negative"] / negative,
+        "bad_update_share": value["bad_updates"] / negative,
+    }
+
+
+def _write(
+    writer: MetricsWriter | None,
+    step: int,
+    message: dict[str, Any],
+    trained: dict[str, float],
+    seconds: dict[str, float],
+) -> None:
+    """One record: the client's numbers (of the weights before this step) and the trainer's."""
+    if writer is None:
+        return
+    record = dict(message.get("metrics", {})) | trained
+    record |= {f"eval/{name}": value for name, value in (message["evaluation"] or {}).items()}
+    record |= {f"seconds/{name}": value for name, value in {**message["seconds"], **seconds}.items()}
+    writer.write(step, record)
+
+
+def main(config: Config) -> None:
+    """One rank, from joining the job to leaving it."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    split = config.parallel
+    parallel = Parallel(split.tensor, split.expert, split.expert_tensor, split.pipeline, split.ranks)
+    rank = initialise_parallel(parallel, config.run.seed, config.training.rollout_timeout_s)
+    dtype = getattr(torch, config.model.dtype)
+    model = load_model(
+        config.model.path, rank, dtype,
+        sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
+    )  # fmt: skip
+    training = config.training
+    settings = AdamSettings(
+        lr=training.lr,
+        min_lr_ratio=training.min_lr_ratio,
+        warmup_steps=training.warmup_steps,
+        decay_steps=training.decay_steps or training.steps,
+        schedule=training.schedule,
+        weight_decay=training.weight_decay,
+        beta1=training.beta1,
+        beta2=training.beta2,
+        eps=training.eps,
+        clip_grad=training.clip_grad,
+    )
+    optimizer = Optimizer(model.chunk, settings, dtype=dtype, distributed=split.distributed_optimizer)
+    shared = Path(os.environ[SHARED_VARIABLE])
+    trainer = Trainer(
+        config=config,
+        control=Control.connect(os.environ[CONTROL_VARIABLE]),
+        model=replace(model, chunk=optimizer.model),
+        optimizer=optimizer,
+        objective=make_objective(config.objective.name, preset=config.objective.preset, **config.objective.overrides),
+        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
+    )
+    if rank.rank == 0:
+        with MetricsWriter(config.run.dir, tensorboard=config.logging.tensorboard) as writer:
+            trainer.run(writer)
+        save_checkpoint(trainer.image.tensors, config.model.path, config.run.dir / "model")
+    else:
+        trainer.run(None)
+    finalise_parallel()
+
+
+if __name__ == "__main__":
+    main(load_config(sys.argv[1]))

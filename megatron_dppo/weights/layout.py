@@ -1,0 +1,211 @@
+"""Which box of which Hugging Face tensor each Megatron rank holds, and where in which local parameter.
+
+Pure functions of numbers: no process group, no model, no tensor. Loading a checkpoint, exporting weights and
+checking a layout all walk the same list of pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_dppo.architecture import Architecture
+from megatron_dppo.weights.mapping import Entry, Run, entries
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How `ranks` processes split a model: Megatron's degrees of parallelism.
+
+    Experts are split over their own grid of the same ranks: `expert` x `expert_tensor` x expert-data replicas.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    pipeline: int = 1
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name}: got {getattr(self, name)}, expected at least 1")
+        for name, size in (
+            ("tensor x pipeline", self.tensor * self.pipeline),
+            ("expert x expert_tensor x pipeline", self.expert * self.expert_tensor * self.pipeline),
+        ):
+            if self.ranks % size:
+                raise ValueError(f"parallel: {name} = {size}, expected a divisor of ranks = {self.ranks}")
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas of the dense part."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A rank's place in the dense grid (tensor, data, pipeline) and in the experts' grid."""
+
+    tensor: int
+    data: int
+    pipeline: int
+    expert_tensor: int
+    expert: int
+    expert_data: int
+
+
+def coordinates(parallel: Parallel, rank: int) -> Coordinates:
+    """Megatron's default rank order: tensor fastest, then data, then pipeline; likewise in the experts' grid."""
+    if not 0 <= rank < parallel.ranks:
+        raise ValueError(f"rank: got {rank}, expected 0..{parallel.ranks - 1}")
+    pipeline, within = divmod(rank, parallel.ranks // parallel.pipeline)
+    data, tensor = divmod(within, parallel.tensor)
+    rest, expert_tensor = divmod(within, parallel.expert_tensor)
+    expert_data, expert = divmod(rest, parallel.expert)
+    return Coordinates(tensor, data, pipeline, expert_tensor, expert, expert_data)
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding and the head: the vocabulary rounded up to a multiple of 128 x TP (Megatron's rule).
+
+    A vocabulary smaller than that is rounded up to a multiple of TP, so that every rank has its share.
+    """
+    multiple = 128 * tensor if vocab_size >= 128 * tensor else tensor
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def stage_layers(num_layers: int, parallel: Parallel, pipeline_rank: int) -> range:
+    """Global indices of the layers of one pipeline stage; raises ValueError where they do not divide evenly."""
+    per_stage, rest = divmod(num_layers, parallel.pipeline)
+    if rest:
+        raise ValueError(f"parallel.pipeline: got {parallel.pipeline}, expected a divisor of {num_layers} layers")
+    return range(pipeline_rank * per_stage, (pipeline_rank + 1) * per_stage)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a hub tensor and its place in a local parameter; both have the shape `stop - start`.
+
+    `replica` counts the ranks that hold the same box: over all ranks, the pieces of replica 0 tile every tensor
+    exactly once, and they are what is exported. A copy made for computing only (the tied head of the last stage)
+    has replica -1.
+    """
+
+    tensor: str
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    param: str
+    offset: tuple[int, ...]
+    replica: int
+
+    @property
+    def hub_index(self) -> tuple[slice, ...]:
+        """Index of the box in the hub tensor."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def local_index(self) -> tuple[slice, ...]:
+        """Index of the box in the local parameter."""
+        return tuple(
+            slice(o, o + b - a) for o, a, b in zip(self.offset, self.start, self.stop, strict=True)
+        )
+
+
+def megatron_layout(
+    arch: Architecture, parallel: Parallel, rank: int, transformer_engine: bool = False
+) -> Iterator[Piece]:
+    """The pieces of one rank's parameters, in the order of the mapping table.
+
+    Names are relative to the stage's GPTModel (`decoder.layers.0...` is the stage's first layer). Padding of the
+    vocabulary belongs to no piece. Raises ValueError where a degree of parallelism does not divide the model.
+    """
+    at = coordinates(parallel, rank)
+    layers = stage_layers(arch.num_layers, parallel, at.pipeline)
+    for entry in entries(arch, padded_vocab_size(arch.vocab_size, parallel.tensor), transformer_engine):
+        name = _local_name(entry, arch, parallel, at, layers)
+        if name is not None:
+            yield from _pieces(entry, name, parallel, at, computing_copy=_is_tied_head(entry, arch))
+
+
+def _is_tied_head(entry: Entry, arch: Architecture) -> bool:
+    return entry.param == "output_layer.weight" and arch.tie_word_embeddings
+
+
+def _local_name(entry: Entry, arch: Architecture, parallel: Parallel, at: Coordinates, layers: range) -> str | None:
+    """The parameter's name on this rank, or None where another stage or expert rank holds it."""
+    last = parallel.pipeline - 1
+    if entry.param.startswith("embedding."):
+        return entry.param if at.pipeline == 0 else None
+    if entry.param == "output_layer.weight":
+        # With one stage a tied head is the embedding itself, not a parameter of its own.
+        absent = arch.tie_word_embeddings and last == 0
+        return entry.param if at.pipeline == last and not absent else None
+    if entry.layer is None:
+        return entry.param if at.pipeline == last else None
+    if entry.layer not in layers:
+        return None
+    local_expert = 0
+    if entry.expert is not None:
+        owner, local_expert = divmod(entry.expert, _divide(arch.num_experts, parallel.expert, "experts", "expert"))
+        if owner != at.expert:
+            return None
+    return entry.param.format(layer=entry.layer - layers.start, expert=local_expert)
+
+
+def _divide(size: int, parts: int, what: str, key: str) -> int:
+    if size % parts:
+        raise ValueError(f"parallel.{key}: got {parts}, expected a divisor of the model's {size} {what}")
+    return size // parts
+
+
+def _pieces(entry: Entry, name: str, parallel: Parallel, at: Coordinates, computing_copy: bool) -> Iterator[Piece]:
+    if entry.expert is None:
+        parts, part, replicas_before = parallel.tensor, at.tensor, at.data
+    else:
+        parts, part, replicas_before = parallel.expert_tensor, at.expert_tensor, at.expert_data
+    replica = replicas_before if entry.split != "replicated" else replicas_before * parts + part
+    replica = -1 if computing_copy else replica
+    size, key = entry.shape[entry.axis], "tensor" if entry.expert is None else "expert_tensor"
+    if entry.split == "replicated":
+        cuts = _cut(entry.runs, 0, size)
+    elif entry.split == "whole":
+        share = _divide(size, parts, f"rows of {entry.param}", key)
+        cuts = _cut(entry.runs, part * share, (part + 1) * share)
+    else:
+        cuts, offset = [], 0
+        for run in entry.runs:
+            share = _divide(run.count, parts, f"rows of {run.tensor}", key)
+            cuts.append((Run(run.tensor, run.start + part * share, share), offset))
+            offset += share
+    for run, offset in cuts:
+        yield _box(entry, run, offset, name, replica)
+
+
+def _cut(runs: tuple[Run, ...], start: int, stop: int) -> list[tuple[Run, int]]:
+    """The parts of the concatenated runs within [start, stop), each with its offset from `start`.
+
+    A share that is padding only gets one empty part: its parameter has a place in the layout, and nothing to copy.
+    """
+    cuts, position = [], 0
+    for run in runs:
+        low, high = max(start, position), min(stop, position + run.count)
+        if low < high:
+            cuts.append((Run(run.tensor, run.start + low - position, high - low), low - start))
+        position += run.count
+    return cuts or [(Run(runs[-1].tensor, runs[-1].start + runs[-1].count, 0), 0)]
+
+
+def _box(entry: Entry, run: Run, offset: int, name: str, replica: int) -> Piece:
+    def along_axis(value: int, other: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(value if axis == entry.axis else n for axis, n in enumerate(other))
+
+    zeros = (0,) * len(entry.shape)
+    return Piece(
+        tensor=run.tensor,
+        start=along_axis(run.start, zeros),
+        stop=along_axis(run.start + run.count, entry.shape),
+        param=name,
+        offset=along_axis(offset, zeros),
+        replica=replica,
+    )

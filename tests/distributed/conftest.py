@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.rank_pool import RankPool
+
+
+class _Pools:
+    """One pool of four ranks, replaced when a failed test left it broken."""
+
+    def __init__(self) -> None:
+        self._pool: RankPool | None = None
+
+    def get(self) -> RankPool:
+        if self._pool is None or not self._pool.alive:
+            self._pool = RankPool(4)
+        return self._pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[_Pools]:
+    pools = _Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def ranks(_pools: _Pools) -> RankPool:
+    """Four real ranks over gloo."""
+    return _pools.get()

@@ -1,0 +1,92 @@
+"""Gradients of the policy loss at every layout against transformers' autograd, tensor by tensor in hub names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.weights.layout import Parallel
+from tests.distributed.jobs import policy_gradients
+from tests.distributed.rank_pool import RankPool
+from tests.distributed.test_model_exactness import random_batch
+from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+
+TOLERANCE = 1e-5  # relative, in the Frobenius norm of each tensor
+MODELS = {
+    "moe_and_dense": {"num_layers": 4, "mlp_only_layers": (1,), "vocab_size": 97},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 64},
+    "one_kv_head": {"num_kv_heads": 1},
+}
+LAYOUTS = {
+    "single": Parallel(),
+    "tp2_ep2": Parallel(tensor=2, expert=2, ranks=2),
+    "etp2": Parallel(tensor=2, expert_tensor=2, ranks=2),
+    "dp2": Parallel(ranks=2),
+    "dp2_ep2": Parallel(expert=2, ranks=2),
+    "pp2": Parallel(pipeline=2, ranks=2),
+    "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+    "tp2_dp2_ep2": Parallel(tensor=2, expert=2, ranks=4),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(tiny_config(**MODELS[request.param]), seed=3)
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), model)
+
+
+def micro_batches() -> list[MicroBatch]:
+    """Two micro-batches for each of two replicas, of unequal size, with advantages of both signs."""
+    batches = [random_batch(64, lengths, seed) for seed, lengths in enumerate(([7, 12], [5], [9, 3, 4], [10]))]
+    rng = np.random.default_rng(0)
+    return [replace(b, advantage=rng.normal(size=b.num_tokens).astype(np.float32)) for b in batches]
+
+
+def transformers_gradients(path: Path, batches: list[MicroBatch]) -> dict[str, np.ndarray]:
+    """d/dw of -sum(A log pi + 0.1 H) / tokens by plain autograd on transformers' model."""
+    from transformers import Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    loss = torch.zeros(())
+    for batch in batches:
+        logits = model(torch.from_numpy(batch.input_ids)).logits.transpose(0, 1).flatten(0, 1)
+        log_p = torch.log_softmax(logits[torch.from_numpy(batch.row)], -1)
+        chosen = log_p.gather(1, torch.from_numpy(batch.target)[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        loss = loss - (torch.from_numpy(batch.advantage) * chosen + 0.1 * entropy).sum()
+    (loss / sum(batch.num_tokens for batch in batches)).backward()
+    return {hub: gradient for name, p in model.named_parameters() for hub, gradient in _hub(name, p.grad.numpy())}
+
+
+def _hub(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """transformers 5 fuses experts in memory ([E, 2F, H] gate over up, and [E, H, F]); the hub's files do not."""
+    if name.endswith("experts.gate_up_proj"):
+        base, width = name.removesuffix("gate_up_proj"), gradient.shape[1] // 2
+        return [
+            (f"{base}{expert}.{part}_proj.weight", gradient[expert, rows])
+            for expert in range(len(gradient))
+            for part, rows in (("gate", slice(0, width)), ("up", slice(width, None)))
+        ]
+    if name.endswith("experts.down_proj"):
+        base = name.removesuffix("down_proj")
+        return [(f"{base}{expert}.down_proj.weight", g) for expert, g in enumerate(gradient)]
+    return [(name, gradient)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
+    parallel = LAYOUTS[layout]
+    batches = micro_batches()
+    shares = [batches] if parallel.data == 1 else [batches[:2], batches[2:]]
+    answers = ranks.run(policy_gradients, parallel, checkpoint, shares)
+    expected = transformers_gradients(checkpoint, batches)
+    assert expected.keys() == answers[0].keys()
+    for name, gradient in expected.items():
+        got = sum(answer[name] for answer in answers)
+        error = np.linalg.norm(got - gradient) / max(np.linalg.norm(gradient), 1e-12)
+        assert error <= TOLERANCE, f"{name}: relative error {error:.2e}"

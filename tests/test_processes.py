@@ -1,0 +1,238 @@
+"""`processes`: real processes, each test looks at the process table for what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_dppo import processes
+from megatron_dppo.processes import ChildDied, start, stop_on_exit, supervise
+
+REPOSITORY = Path(processes.__file__).parents[1]
+
+# Writes its own pid and a grandchild's to the file given; the grandchild has a session of its own, as
+# torchrun's ranks have.
+FAMILY = """
+import os, signal, subprocess, sys, time
+{setup}
+grandchild = subprocess.Popen([sys.executable, "-c", "{grandchild}"], start_new_session=True)
+open(sys.argv[1] + ".tmp", "w").write(f"{{os.getpid()}} {{grandchild.pid}}")
+os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+{then}
+"""
+SLEEP = "import time; time.sleep(600)"
+IGNORE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def family(*, setup: str = "", grandchild: str = SLEEP, then: str = "time.sleep(600)") -> str:
+    return FAMILY.format(setup=setup, grandchild=grandchild, then=then)
+
+
+def python(code: str, *args: object) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie, which only waits to be collected, does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def pids_in(path: Path) -> list[int]:
+    assert eventually(path.exists), "the child did not come up"
+    return [int(word) for word in path.read_text().split()]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., processes.Child]]:
+    started: list[processes.Child] = []
+
+    def _launch(name: str, argv: list[str], **kwargs: object) -> processes.Child:
+        started.append(start(name, argv, env=os.environ, log_path=tmp_path / f"{name}.log", **kwargs))
+        return started[-1]
+
+    yield _launch
+    processes.stop_all(started)
+
+
+def test_a_child_runs_with_the_given_environment_directory_and_log(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.environ['WORD'], os.getcwd(), flush=True); sys.exit('oops')"
+    child = start(
+        "worker", python(code), env={"WORD": "héllo"}, log_path=tmp_path / "logs/w.log", cwd=tmp_path
+    )
+    assert eventually(lambda: child.poll() is not None)
+    assert child.poll() == 1
+    assert child.log_tail().splitlines() == [f"héllo {tmp_path}", "oops"]
+    assert child.log_tail(lines=1) == "oops"
+
+
+def test_a_program_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        start("worker", ["no-such-program"], env=os.environ, log_path=tmp_path / "log")
+
+
+def test_stop_ends_a_child_and_its_grandchild_in_another_session(launch, tmp_path: Path) -> None:
+    child = launch("family", python(family(), tmp_path / "pids"))
+    pids = pids_in(tmp_path / "pids")
+    assert all(map(alive, pids)) and child.poll() is None
+    assert child.stop() == 128 + signal.SIGTERM
+    assert not any(map(alive, pids))
+    assert child.stop() == 128 + signal.SIGTERM  # harmless a second time
+
+
+def test_stop_kills_what_ignores_sigterm_after_the_grace(launch, tmp_path: Path) -> None:
+    stubborn = family(setup="signal.signal(signal.SIGTERM, signal.SIG_IGN)", grandchild=IGNORE)
+    child = launch("stubborn", python(stubborn, tmp_path / "pids"))
+    pids = pids_in(tmp_path / "pids")
+    before = time.monotonic()
+    assert child.stop(grace_s=0.5) == 128 + signal.SIGKILL
+    assert 0.5 <= time.monotonic() - before < 3.0
+    assert not any(map(alive, pids))
+
+
+def test_stop_lets_a_child_clean_up_within_the_grace(launch, tmp_path: Path) -> None:
+    tidy = f"""
+    import signal, sys, time
+    def clean(*_):
+        time.sleep(0.3); open({str(tmp_path / "cleaned")!r}, "w").close(); sys.exit(0)
+    signal.signal(signal.SIGTERM, clean)
+    open({str(tmp_path / "up")!r}, "w").close()
+    time.sleep(600)
+    """
+    child = launch("tidy", python(tidy))
+    assert eventually((tmp_path / "up").exists)
+    assert child.stop() == 0
+    assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize(
+    ("then", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
+)
+def test_a_child_that_dies_takes_its_grandchild_with_it(launch, tmp_path: Path, then: str, code: int) -> None:
+    child = launch("dies", python(family(grandchild=IGNORE, then=then), tmp_path / "pids"), grace_s=0.3)
+    pids = pids_in(tmp_path / "pids")
+    assert eventually(lambda: child.poll() is not None)
+    assert child.poll() == code
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path, how: signal.Signals) -> None:
+    stubborn = family(setup="signal.signal(signal.SIGTERM, signal.SIG_IGN)", grandchild=IGNORE)
+    argv, log_path = python(stubborn, tmp_path / "pids"), str(tmp_path / "log")
+    parent_code = f"""
+    import os, sys, time
+    from pathlib import Path
+    from megatron_dppo.processes import start
+    start("c", {argv!r}, env=os.environ, log_path=Path({log_path!r}), grace_s=0.3)
+    time.sleep(600)
+    """
+    parent = subprocess.Popen(python(parent_code), env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    pids = pids_in(tmp_path / "pids")
+    assert all(map(alive, pids))
+    parent.send_signal(how)
+    parent.wait()
+    assert eventually(lambda: not any(map(alive, pids)), seconds=5.0)
+
+
+def test_a_thread_that_ends_does_not_take_the_child_it_started(launch) -> None:
+    import threading
+
+    started: list[processes.Child] = []
+    thread = threading.Thread(target=lambda: started.append(launch("sleeper", python(SLEEP))))
+    thread.start()
+    thread.join()
+    time.sleep(0.5)
+    assert started[0].poll() is None
+
+
+def test_the_child_dies_with_its_guard_when_the_guard_is_killed(launch, tmp_path: Path) -> None:
+    child = launch("family", python(family(), tmp_path / "pids"))
+    pids = pids_in(tmp_path / "pids")
+    os.kill(child.pid, signal.SIGKILL)
+    assert eventually(lambda: not alive(pids[0]))
+    os.kill(
+        pids[1], signal.SIGKILL
+    )  # in a session of its own and without a guard: this one nobody can know of
+
+
+def test_supervise_returns_when_all_awaited_children_end_well(launch) -> None:
+    service = launch("service", python(SLEEP))
+    jobs = [launch(f"job{i}", python(f"import time; time.sleep({0.1 * i})")) for i in range(3)]
+    supervise([service, *jobs], until=jobs)
+    assert [job.poll() for job in jobs] == [0, 0, 0] and service.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("service_code", "job_code", "guilty", "returncode"),
+    [
+        ("import sys, time; print('no memory'); sys.exit(0)", "import time; time.sleep(600)", "service", 0),
+        ("import time; time.sleep(600)", "import sys; print('no memory'); sys.exit(5)", "job", 5),
+        ("import time; time.sleep(600)", "import os; print('no memory', flush=True); os.abort()", "job", 134),
+    ],
+)
+def test_supervise_raises_as_soon_as_a_child_dies(
+    launch, service_code: str, job_code: str, guilty: str, returncode: int
+) -> None:
+    service, job = launch("service", python(service_code)), launch("job", python(job_code))
+    with pytest.raises(ChildDied, match="no memory") as error:
+        supervise([service, job], until=[job])
+    assert (error.value.name, error.value.returncode) == (guilty, returncode)
+    assert error.value.log_tail == "no memory"
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
+def test_leaving_the_block_stops_every_child(tmp_path: Path, raised: type[BaseException]) -> None:
+    with pytest.raises(raised), stop_on_exit() as children:
+        for i in range(2):
+            argv = python(family(), tmp_path / f"pids{i}")
+            children.append(start(f"c{i}", argv, env=os.environ, log_path=tmp_path / f"{i}.log"))
+        pids = pids_in(tmp_path / "pids0") + pids_in(tmp_path / "pids1")
+        assert all(map(alive, pids))
+        raise raised
+    assert not any(map(alive, pids))
+
+
+def test_sigterm_leaves_the_block_as_an_interrupt_and_the_old_handler_comes_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), stop_on_exit():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_waits_until_the_children_are_stopped(tmp_path: Path) -> None:
+    stubborn = family(setup="signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    with pytest.raises(KeyboardInterrupt), stop_on_exit() as children:
+        argv = python(stubborn, tmp_path / "pids")
+        children.append(start("stubborn", argv, env=os.environ, log_path=tmp_path / "log", grace_s=1.0))
+        pids = pids_in(tmp_path / "pids")
+        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -INT {os.getpid()}"])  # arrives during the stop
+        raise KeyboardInterrupt
+    assert not any(map(alive, pids))
+
+
+def test_free_port_can_be_bound() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", processes.free_port()))
