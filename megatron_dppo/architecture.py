@@ -55,9 +55,7 @@ def load_architecture(model_path: Path | str) -> Architecture:
     """
     path = Path(model_path) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"model.path: no config.json in {model_path}, expected a Hugging Face model directory"
-        )
+        raise FileNotFoundError(f"model.path: no config.json in {model_path}, expected a Hugging Face model directory")
     return architecture_from_hf(json.loads(path.read_text()))
 
 
@@ -118,9 +116,7 @@ def _moe_layers(hf: dict[str, Any]) -> tuple[bool, ...]:
 def _unsupported_features(hf: dict[str, Any]) -> list[str]:
     faults = []
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        faults.append(
-            f"model_type: got {hf.get('model_type')!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+        faults.append(f"model_type: got {hf.get('model_type')!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
     if hf.get("attention_bias"):
         faults.append("attention_bias: got true, expected false")
     if hf.get("use_sliding_window"):

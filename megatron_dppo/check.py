@@ -111,9 +111,7 @@ def what_is_missing(versions: dict[str, str | None], num_gpus: int) -> list[str]
             lines.append(f"{name} is not installed, and training needs it: pip install {name}")
     vllm = versions["vLLM"]
     if vllm is None:
-        lines.append(
-            f"vLLM is not installed, so no run can start an engine of its own: {_vllm_hint(num_gpus > 0)}"
-        )
+        lines.append(f"vLLM is not installed, so no run can start an engine of its own: {_vllm_hint(num_gpus > 0)}")
     elif not VLLM_RANGE[0] <= _major_minor(vllm) < VLLM_RANGE[1]:
         low, high = (".".join(map(str, v)) for v in VLLM_RANGE)
         lines.append(f"vLLM {vllm} is outside the tested range, >= {low} and < {high}")
@@ -122,9 +120,7 @@ def what_is_missing(versions: dict[str, str | None], num_gpus: int) -> list[str]
     broken = [name for name in NO_CPU_BUILD if versions.get(name)]
     if broken and not num_gpus:
         names = " ".join(broken)
-        lines.append(
-            f"{names}: with a CPU build of torch they break `import transformers`: pip uninstall {names}"
-        )
+        lines.append(f"{names}: with a CPU build of torch they break `import transformers`: pip uninstall {names}")
     return lines
 
 
@@ -135,9 +131,7 @@ def print_report(report: MachineReport, console: Console | None = None) -> None:
     table.add_row("Python", report.python)
     table.add_row("CPU", f"{report.cpu_cores} cores, {report.memory_gib} GiB memory")
     for index, gpu in enumerate(report.gpus):
-        table.add_row(
-            f"GPU {index}", f"{gpu.name}, {gpu.memory_gib} GiB, compute capability {gpu.capability}"
-        )
+        table.add_row(f"GPU {index}", f"{gpu.name}, {gpu.memory_gib} GiB, compute capability {gpu.capability}")
     if not report.gpus:
         table.add_row("GPU", "none that torch can use")
     console.print(table)
@@ -151,15 +145,11 @@ def print_report(report: MachineReport, console: Console | None = None) -> None:
 
 def apex_component(folders: Sequence[Path]) -> Component:
     """NVIDIA's apex, told by its `optimizers` from the index's unrelated `apex`; imports neither."""
-    build = (
-        "optional: build NVIDIA's apex from its own sources; the package index's `apex` is another package"
-    )
+    build = "optional: build NVIDIA's apex from its own sources; the package index's `apex` is another package"
     if not folders:
         return Component("apex", None, build)
     if not any((folder / "optimizers").is_dir() for folder in folders):
-        return Component(
-            "apex", None, f"the `apex` installed here is another package (no apex.optimizers); {build}"
-        )
+        return Component("apex", None, f"the `apex` installed here is another package (no apex.optimizers); {build}")
     return Component("apex", _version(("apex",)) or "found", "fused optimizers")
 
 

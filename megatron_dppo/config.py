@@ -190,9 +190,7 @@ class EvaluationConfig(Section):
 
     every: int = Field(0, ge=0)  # 0: only before and after
     prompts: int = Field(512, gt=0)  # the first so many of the file
-    target_accuracy: float | None = Field(
-        None, gt=0, le=1
-    )  # stop when greedy, and sampled if measured, reach it
+    target_accuracy: float | None = Field(None, gt=0, le=1)  # stop when greedy, and sampled if measured, reach it
     sampled: bool = True  # beside greedy
     temperature: float = Field(1.0, gt=0)  # of the sampled evaluation
 
@@ -274,9 +272,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} given twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -321,9 +317,7 @@ def _readable_sections(raw: Mapping[str, Any]) -> dict[str, BaseModel]:
 
 def _type_fault(error: Mapping[str, Any]) -> str:
     """One line for one pydantic error, in terms of the YAML's keys."""
-    loc = [
-        str(part) for part in error["loc"] if part not in ("final_answer", "math")
-    ]  # pydantic's union tags
+    loc = [str(part) for part in error["loc"] if part not in ("final_answer", "math")]  # pydantic's union tags
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(loc)}"

@@ -98,9 +98,7 @@ def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
         )
     eos = settings.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
-    model_ids = _ids(hf.get("eos_token_id")) | _ids(
-        _json(path / "generation_config.json").get("eos_token_id")
-    )
+    model_ids = _ids(hf.get("eos_token_id")) | _ids(_json(path / "generation_config.json").get("eos_token_id"))
     if eos is None or eos not in vocabulary:
         yield f"model.path: the tokenizer's eos_token: got {eos!r}, expected a token of its vocabulary"
     elif not model_ids:
@@ -111,11 +109,7 @@ def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
             f"{vocabulary[eos]}, expected the model's eos_token_id {_few(sorted(model_ids))}"
         )
     templates = ("chat_template.jinja", "chat_template.json")
-    if (
-        data.chat_template
-        and "chat_template" not in settings
-        and not any((path / t).is_file() for t in templates)
-    ):
+    if data.chat_template and "chat_template" not in settings and not any((path / t).is_file() for t in templates):
         yield f"data.chat_template: got true, expected false: the tokenizer in {path} has none"
 
 

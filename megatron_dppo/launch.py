@@ -53,11 +53,15 @@ def launch(config: Config) -> int:
         argv = [sys.executable, "-m", "megatron_dppo.trainer", str(resolved)]
         ranks = start_ranks(argv, config.parallel.ranks, env=env, logs=logs)
         children += ranks
-        console.print(f"{config.run.name}: {len(ranks)} ranks, engine {', '.join(urls)}; logs in {logs}", highlight=False)
+        console.print(
+            f"{config.run.name}: {len(ranks)} ranks, engine {', '.join(urls)}; logs in {logs}", highlight=False
+        )
         if not config.rollout.urls:
             wait_ready(urls[0], children[0], config.rollout.start_timeout_s)
         argv = [sys.executable, "-m", "megatron_dppo.rollout.client", str(resolved)]
-        client = start("rollout client", argv, env={**env, ENGINE_URLS_VARIABLE: ",".join(urls)}, log_path=logs / "client.log")
+        client = start(
+            "rollout client", argv, env={**env, ENGINE_URLS_VARIABLE: ",".join(urls)}, log_path=logs / "client.log"
+        )
         children.append(client)
         progress = Progress(run_dir / "metrics.jsonl", console)
         supervise(children, until=[client, *ranks], watch=progress)

@@ -131,9 +131,7 @@ class Progress:
 
 def progress_header() -> str:
     """Titles over `progress_row`."""
-    return " ".join(
-        ["step".rjust(5), *(column.title.rjust(_width(column)) for column in COLUMNS), " seconds"]
-    )
+    return " ".join(["step".rjust(5), *(column.title.rjust(_width(column)) for column in COLUMNS), " seconds"])
 
 
 def progress_row(step: int, metrics: Mapping[str, float]) -> str:
@@ -142,18 +140,14 @@ def progress_row(step: int, metrics: Mapping[str, float]) -> str:
         (column.format.format(metrics[column.key]) if column.key in metrics else "-").rjust(_width(column))
         for column in COLUMNS
     ]
-    seconds = [
-        f"{key.removeprefix(SECONDS)} {v:.2f}" for key, v in metrics.items() if key.startswith(SECONDS)
-    ]
+    seconds = [f"{key.removeprefix(SECONDS)} {v:.2f}" for key, v in metrics.items() if key.startswith(SECONDS)]
     return " ".join([str(step).rjust(5), *cells, " " + " ".join(seconds)]).rstrip()
 
 
 def evaluation_row(step: int, metrics: Mapping[str, float]) -> str:
     """One line: held-out accuracies."""
     named = (("greedy", EVAL_GREEDY), ("sampled", EVAL_SAMPLED))
-    return f"{step:5d} held-out accuracy: " + ", ".join(
-        f"{n} {metrics[key]:.3f}" for n, key in named if key in metrics
-    )
+    return f"{step:5d} held-out accuracy: " + ", ".join(f"{n} {metrics[key]:.3f}" for n, key in named if key in metrics)
 
 
 def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:
@@ -212,9 +206,7 @@ def _draw(panel: Axes, records: list[dict[str, Any]], names: Mapping[str, str], 
     for key, label in names.items():
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
-            panel.plot(
-                *zip(*points, strict=True), label=label, **{"linewidth": 1.6, "markersize": 4, **style}
-            )
+            panel.plot(*zip(*points, strict=True), label=label, **{"linewidth": 1.6, "markersize": 4, **style})
 
 
 def _label(panel: Axes, title: str, y: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,9 +28,12 @@ from typing import NoReturn
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 ORPHAN_GRACE_S = 2.0  # at most, for what a child that ended by itself left behind
+TRACKER_GRACE_S = 1.0  # after SIGKILL to the others, for what ignores SIGTERM: see `_ignores_sigterm`
 GUARD_MARGIN_S = 5.0  # what the guard itself may take beyond the grace
 POLL_S = 0.1
 TAIL_LINES = 20
+ERROR_SEARCH_LINES, ERROR_LINES = 1000, 3
+ERROR_LINE = re.compile(r"\b\w*(Error|Exception|Died)\b: ")  # the last line of a Python traceback
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PARENT_GONE = signal.SIGUSR1  # what the kernel sends the guard when the thread that started it ends
@@ -39,9 +43,7 @@ class ChildDied(RuntimeError):
     """A child ended that should not have. The message: its name, how it ended, the last lines of its log."""
 
     def __init__(self, name: str, returncode: int, log_path: Path, log_tail: str) -> None:
-        super().__init__(
-            f"{name} ended with {describe(returncode)}; the last lines of {log_path}:\n{log_tail}"
-        )
+        super().__init__(f"{name} ended with {describe(returncode)}; the last lines of {log_path}:\n{log_tail}")
         self.name, self.returncode, self.log_tail = name, returncode, log_tail
 
 
@@ -86,7 +88,12 @@ class Child:
         """The error that says how this ended child ended."""
         returncode = self.poll()
         assert returncode is not None, f"{self.name} is still running"
-        return ChildDied(self.name, returncode, self.log_path, self.log_tail())
+        lines = self.log_tail(ERROR_SEARCH_LINES).splitlines()
+        tail = lines[-TAIL_LINES:]
+        # Some programs (vLLM) say a lot after the error that ended them.
+        errors = [line for line in lines[:-TAIL_LINES] if ERROR_LINE.search(line)][-ERROR_LINES:]
+        shown = ["errors before that:", *errors, "the end:", *tail] if errors else tail
+        return ChildDied(self.name, returncode, self.log_path, "\n".join(shown))
 
 
 def start(
@@ -202,9 +209,7 @@ def finish_stop(child: Child, kill_at: float) -> int:
         child._guard.send_signal(signal.SIGINT)
         try:
             child._guard.wait(GUARD_MARGIN_S)
-        except (
-            subprocess.TimeoutExpired
-        ):  # the guard itself is stuck (stopped, say): the group is all we can reach
+        except subprocess.TimeoutExpired:  # the guard itself is stuck (stopped, say): the group is all we can reach
             os.killpg(child.pid, signal.SIGKILL)
             child._guard.wait()
     returncode = child.poll()
@@ -274,7 +279,8 @@ def guard_main(parent: int, grace_s: float, argv: list[str]) -> int:
             _signal_all(descendants, signal.SIGTERM)
             kill_at = time.monotonic() + (grace_s if code is None else min(grace_s, ORPHAN_GRACE_S))
         if kill_at is not None and time.monotonic() >= kill_at:
-            _signal_all(descendants, signal.SIGKILL)
+            spared = time.monotonic() < kill_at + TRACKER_GRACE_S
+            _signal_all([pid for pid in descendants if not (spared and _ignores_sigterm(pid))], signal.SIGKILL)
         received = signal.sigtimedwait(awaited, 1.0 if kill_at is None else 0.05)
         if received is None:
             continue
@@ -310,6 +316,19 @@ def _descendants() -> list[int]:
                 found += map(int, children)
                 queue += map(int, children)
     return found
+
+
+def _ignores_sigterm(pid: int) -> bool:
+    """Whether a process ignores SIGTERM, as Python's resource tracker does.
+
+    It removes the shared memory of its users once they are gone, so it must outlive them for a moment: a vLLM
+    server leaves 160 MiB a worker in /dev/shm otherwise.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _signal_all(pids: list[int], signum: int) -> None:

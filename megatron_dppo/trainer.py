@@ -83,7 +83,10 @@ class Trainer:
         return [
             [
                 build_micro_batch(
-                    [next(samples) for _ in range(size)], num_topk=self.num_topk, weights=weights, length_multiple=multiple
+                    [next(samples) for _ in range(size)],
+                    num_topk=self.num_topk,
+                    weights=weights,
+                    length_multiple=multiple,
                 )
                 for size in sizes
             ]

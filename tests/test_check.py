@@ -54,9 +54,7 @@ def test_without_engine_and_megatron_it_says_what_to_install() -> None:
         "megatron-core is not installed, and training needs it: pip install megatron-core",
         "vLLM is not installed, so no run can start an engine of its own: make .venv (requirements/cpu.txt)",
     ]
-    assert what_is_possible(versions, num_gpus=0) == [
-        "rollouts by vLLM servers that run elsewhere (rollout.urls)"
-    ]
+    assert what_is_possible(versions, num_gpus=0) == ["rollouts by vLLM servers that run elsewhere (rollout.urls)"]
 
 
 def test_packages_that_break_a_cpu_build_are_pointed_out() -> None:

@@ -112,11 +112,7 @@ def test_the_learning_curve_is_a_picture_with_every_curve(tmp_path: Path) -> Non
 
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step in range(1, 31):
-            evaluated = (
-                {"eval/accuracy_greedy": step / 30, "eval/accuracy_sampled": step / 35}
-                if step % 5 == 0
-                else {}
-            )
+            evaluated = {"eval/accuracy_greedy": step / 30, "eval/accuracy_sampled": step / 35} if step % 5 == 0 else {}
             writer.write(step, STEP | {"reward": step / 32} | evaluated)
     plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     image = imread(tmp_path / "curve.png")

@@ -78,9 +78,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., processes.Child]]:
 
 def test_a_child_runs_with_the_given_environment_directory_and_log(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['WORD'], os.getcwd(), flush=True); sys.exit('oops')"
-    child = start(
-        "worker", python(code), env={"WORD": "héllo"}, log_path=tmp_path / "logs/w.log", cwd=tmp_path
-    )
+    child = start("worker", python(code), env={"WORD": "héllo"}, log_path=tmp_path / "logs/w.log", cwd=tmp_path)
     assert eventually(lambda: child.poll() is not None)
     assert child.poll() == 1
     assert child.log_tail().splitlines() == [f"héllo {tmp_path}", "oops"]
@@ -111,6 +109,26 @@ def test_stop_kills_what_ignores_sigterm_after_the_grace(launch, tmp_path: Path)
     assert not any(map(alive, pids))
 
 
+def test_the_shared_memory_of_a_killed_child_is_removed(launch, tmp_path: Path) -> None:
+    holder = f"""
+    import os, signal, time
+    from multiprocessing import resource_tracker
+    from multiprocessing.shared_memory import SharedMemory
+    signal.signal(signal.SIGTERM, lambda *_: None)  # handled, and yet it stays
+    memory = SharedMemory(create=True, size=4096)
+    open({str(tmp_path / "tmp")!r}, "w").write(f"{{resource_tracker._resource_tracker._pid}} {{memory.name}}")
+    os.rename({str(tmp_path / "tmp")!r}, {str(tmp_path / "up")!r})
+    while True: time.sleep(1)
+    """
+    child = launch("holder", python(holder), grace_s=0.2)
+    assert eventually((tmp_path / "up").exists)
+    tracker, name = (tmp_path / "up").read_text().split()
+    assert eventually(lambda: processes._ignores_sigterm(int(tracker)))  # it has come up
+    assert (Path("/dev/shm") / name).exists()
+    assert child.stop() == 128 + signal.SIGKILL
+    assert not (Path("/dev/shm") / name).exists() and not alive(int(tracker))
+
+
 def test_stop_lets_a_child_clean_up_within_the_grace(launch, tmp_path: Path) -> None:
     tidy = f"""
     import signal, sys, time
@@ -126,9 +144,7 @@ def test_stop_lets_a_child_clean_up_within_the_grace(launch, tmp_path: Path) -> 
     assert (tmp_path / "cleaned").exists()
 
 
-@pytest.mark.parametrize(
-    ("then", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
-)
+@pytest.mark.parametrize(("then", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_a_child_that_dies_takes_its_grandchild_with_it(launch, tmp_path: Path, then: str, code: int) -> None:
     child = launch("dies", python(family(grandchild=IGNORE, then=then), tmp_path / "pids"), grace_s=0.3)
     pids = pids_in(tmp_path / "pids")
@@ -172,9 +188,7 @@ def test_the_child_dies_with_its_guard_when_the_guard_is_killed(launch, tmp_path
     pids = pids_in(tmp_path / "pids")
     os.kill(child.pid, signal.SIGKILL)
     assert eventually(lambda: not alive(pids[0]))
-    os.kill(
-        pids[1], signal.SIGKILL
-    )  # in a session of its own and without a guard: this one nobody can know of
+    os.kill(pids[1], signal.SIGKILL)  # in a session of its own and without a guard: this one nobody can know of
 
 
 def test_supervise_returns_when_all_awaited_children_end_well(launch) -> None:

@@ -29,9 +29,7 @@ def character_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
 def tiny_config(
@@ -86,9 +84,7 @@ def randomize(model: Qwen3MoeForCausalLM, seed: int, logit_scale: float = 2.5) -
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
             continue
         draw = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
-        is_head = name == "lm_head.weight" or (
-            model.config.tie_word_embeddings and name == "model.embed_tokens.weight"
-        )
+        is_head = name == "lm_head.weight" or (model.config.tie_word_embeddings and name == "model.embed_tokens.weight")
         parameter.copy_(draw * logit_scale if is_head else draw)
 
 

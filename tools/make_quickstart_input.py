@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def write_initial_model(path: Path, seed: int) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(path)
 
 
-def supervised_batch(iteration: int, seed: int, rank: int, tokenizer) -> MicroBatch:
+def supervised_batch(iteration: int, seed: int, rank: int, tokenizer: Any) -> MicroBatch:
     """This rank's share of an iteration's problems with the teacher's responses, every response token counted."""
     rng = random.Random(f"{seed}-{iteration}-{rank}")
     samples = []
@@ -105,7 +106,13 @@ def train_rank(model_path: Path, seed: int) -> None:
     rank = initialise_parallel(PARALLEL, seed)
     model = load_model(model_path, rank, torch.float32, sequence_parallel=False)
     settings = AdamSettings(
-        lr=3e-3, warmup_steps=50, decay_steps=ITERATIONS, min_lr_ratio=0.0, schedule="linear", beta2=0.98, weight_decay=0.01
+        lr=3e-3,
+        warmup_steps=50,
+        decay_steps=ITERATIONS,
+        min_lr_ratio=0.0,
+        schedule="linear",
+        beta2=0.98,
+        weight_decay=0.01,
     )
     optimizer = Optimizer(model.chunk, settings, dtype=torch.float32, distributed=True)
     model = replace(model, chunk=optimizer.model)

@@ -61,9 +61,7 @@ class DivergenceMask:
         _check_choice("divergence", self.divergence, Divergence)
         _check_positive(delta_low=self.delta_low, delta_high=self.delta_high)
         if self.divergence.startswith("topk") != (self.top_k >= 1):
-            raise ValueError(
-                f"top_k: got {self.top_k} for {self.divergence}, expected >= 1 for Top-K, 0 for Binary"
-            )
+            raise ValueError(f"top_k: got {self.top_k} for {self.divergence}, expected >= 1 for Top-K, 0 for Binary")
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,7 @@ class RelaxedClip(RatioClip):
         super().__post_init__()
         _check_choice("relax", self.relax, Relax)
         if not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha: got {self.alpha}, expected a probability in [0, 1] (0 relaxes no token)"
-            )
+            raise ValueError(f"alpha: got {self.alpha}, expected a probability in [0, 1] (0 relaxes no token)")
 
 
 @dataclass(frozen=True)
@@ -123,9 +119,7 @@ class Objective:
         if not self.cap >= 1:
             raise ValueError(f"cap: got {self.cap}, expected C >= 1 (inf for none)")
         if self.mask is None and self.anchor != "rollout":
-            raise ValueError(
-                f"anchor: got {self.anchor!r}, expected 'rollout': {self.name} has no mask to anchor"
-            )
+            raise ValueError(f"anchor: got {self.anchor!r}, expected 'rollout': {self.name} has no mask to anchor")
 
     @property
     def top_k(self) -> int:
@@ -219,9 +213,7 @@ class _PerToken:
 
     def __getitem__(self, tokens: slice) -> Self:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: tensor[tokens] for name, tensor in tensors.items() if tensor is not None}
-        )
+        return replace(self, **{name: tensor[tokens] for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,19 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "rand", "randn")
+_FACTORIES = (
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "rand",
+    "randn",
+)
 
 
 def has_gpu() -> bool:

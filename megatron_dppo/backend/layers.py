@@ -56,9 +56,7 @@ class CausalAttention(nn.Module):
         if config.context_parallel_size != 1:
             raise ValueError(f"context parallelism: got {config.context_parallel_size}, expected 1")
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [S, B, heads, D], key and value [S, B, groups, D] (local to the TP rank) -> [S, B, heads * D]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -72,7 +70,7 @@ class HiddenStatesOutput(ColumnParallelLinear):
     checkpoints, tied embeddings and the optimizer see the model they know.
     """
 
-    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return input_, None
 
 

@@ -57,9 +57,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         if self.constant < 1:
-            raise ValueError(
-                f"loss.constant: got {self.constant}, expected a whole number of tokens, at least 1"
-            )
+            raise ValueError(f"loss.constant: got {self.constant}, expected a whole number of tokens, at least 1")
 
     def weigh(self, num_counted: int) -> tuple[float, int]:
         """Weight of each token of a sequence with `num_counted` tokens, and the sequence's part in the divisor."""
@@ -89,9 +87,7 @@ def plan_step(
     """
     unique = np.unique(groups)
     if len(unique) < minibatches:
-        raise ValueError(
-            f"minibatches: got {minibatches}, expected at most the {len(unique)} groups of this step"
-        )
+        raise ValueError(f"minibatches: got {minibatches}, expected at most the {len(unique)} groups of this step")
     if len(lengths) and lengths.max() > micro_batch_tokens:
         raise ValueError(
             f"training.micro_batch_tokens: got {micro_batch_tokens}, expected at least the longest sample's "
@@ -107,9 +103,7 @@ def plan_step(
     return plan
 
 
-def _balance(
-    members: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], replicas: int
-) -> list[list[int]]:
+def _balance(members: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], replicas: int) -> list[list[int]]:
     """Longest first, each to the replica with the fewest tokens so far."""
     shares: list[list[int]] = [[] for _ in range(replicas)]
     load = [0] * replicas

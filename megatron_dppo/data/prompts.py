@@ -85,9 +85,7 @@ def load_prompts(
                 if len(kept := lines.setdefault(refusal.reason, [])) < KEPT_LINE_NUMBERS:
                     kept.append(number)
                 continue
-            prompts.append(
-                Prompt(number, text if isinstance(text, str) else json.dumps(text), answer, token_ids)
-            )
+            prompts.append(Prompt(number, text if isinstance(text, str) else json.dumps(text), answer, token_ids))
     taken = PromptSet(tuple(prompts), dict(refused), {reason: tuple(kept) for reason, kept in lines.items()})
     if not prompts:
         raise ValueError(f"prompts: no usable line in {path}, expected JSONL ({taken.describe()})")

@@ -80,9 +80,7 @@ def policy_loss(
     Raises as `token_stats`; a second derivative is refused.
     """
     _check(hidden_TH, weight_VH, targets_T, topk_ids_TK, shard, temperature)
-    loss, *parts = _PolicyLoss.apply(
-        hidden_TH, weight_VH, targets_T, topk_ids_TK, coefficient_fn, shard, temperature
-    )
+    loss, *parts = _PolicyLoss.apply(hidden_TH, weight_VH, targets_T, topk_ids_TK, coefficient_fn, shard, temperature)
     return loss, TokenStats(*parts)
 
 
@@ -128,7 +126,7 @@ def _forward(
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_TH: Tensor,
         weight_VH: Tensor,
@@ -154,7 +152,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, d_logits = ctx.saved_tensors
         columns = d_logits.shape[1]
         d_hidden = (d_logits @ weight_VH[:columns]).mul_(d_loss).to(hidden_TH.dtype)
@@ -182,7 +180,9 @@ def _check(
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a number above 0")
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
-        raise ValueError(f"hidden, weight: got {tuple(hidden_TH.shape)}, {tuple(weight_VH.shape)}, expected [T,H], [V,H]")
+        raise ValueError(
+            f"hidden, weight: got {tuple(hidden_TH.shape)}, {tuple(weight_VH.shape)}, expected [T,H], [V,H]"
+        )
     if targets_T.shape != (tokens,):
         raise ValueError(f"targets: got shape {tuple(targets_T.shape)}, expected ({tokens},)")
     if topk_ids_TK is not None and (topk_ids_TK.dim() != 2 or topk_ids_TK.shape[0] != tokens):
@@ -191,6 +191,7 @@ def _check(
         return  # ids that come from a GPU were checked where they entered: a look at them here would wait for it
     if targets_T.min() < 0 or targets_T.max() >= shard.vocab_size:
         raise ValueError(f"targets: got an id outside of 0..{shard.vocab_size - 1}")
-    if topk_ids_TK is not None and topk_ids_TK.numel():
-        if topk_ids_TK.min() < -1 or topk_ids_TK.max() >= shard.vocab_size:
-            raise ValueError(f"topk_ids: got an id outside of -1..{shard.vocab_size - 1}")
+    if topk_ids_TK is None or not topk_ids_TK.numel():
+        return
+    if topk_ids_TK.min() < -1 or topk_ids_TK.max() >= shard.vocab_size:
+        raise ValueError(f"topk_ids: got an id outside of -1..{shard.vocab_size - 1}")

@@ -107,9 +107,7 @@ class Piece:
     @property
     def local_index(self) -> tuple[slice, ...]:
         """Index of the box in the local parameter."""
-        return tuple(
-            slice(o, o + b - a) for o, a, b in zip(self.offset, self.start, self.stop, strict=True)
-        )
+        return tuple(slice(o, o + b - a) for o, a, b in zip(self.offset, self.start, self.stop, strict=True))
 
 
 def megatron_layout(

@@ -122,6 +122,4 @@ def _gated_mlp(hub: str, local: str, hidden: int, width: int, layer: int, expert
     gate_up = (Run(hub + "gate_proj.weight", 0, width), Run(hub + "up_proj.weight", 0, width))
     yield Entry(local + "linear_fc1.weight", gate_up, (2 * width, hidden), split="each", layer=layer, expert=expert)
     down = (Run(hub + "down_proj.weight", 0, width),)
-    yield Entry(
-        local + "linear_fc2.weight", down, (hidden, width), axis=1, split="whole", layer=layer, expert=expert
-    )
+    yield Entry(local + "linear_fc2.weight", down, (hidden, width), axis=1, split="whole", layer=layer, expert=expert)

@@ -124,12 +124,7 @@ def test_topk_with_the_sampled_token_outside() -> None:
     mu, pi = log(0.5, 0.3, 0.05)[None], log(0.6, 0.1, 0.2)[None]
     member = topk_members(torch.tensor([[0, 1]]), torch.tensor([2]))
     assert topk_tv(mu, pi, member).item() == pytest.approx(0.5 * (0.1 + 0.2 + 0.15 + 0.05), rel=1e-6)
-    kl = (
-        0.5 * math.log(0.5 / 0.6)
-        + 0.3 * math.log(3)
-        + 0.05 * math.log(0.05 / 0.2)
-        + 0.15 * math.log(0.15 / 0.1)
-    )
+    kl = 0.5 * math.log(0.5 / 0.6) + 0.3 * math.log(3) + 0.05 * math.log(0.05 / 0.2) + 0.15 * math.log(0.15 / 0.1)
     assert topk_kl(mu, pi, member).item() == pytest.approx(kl, rel=1e-5)
 
 
@@ -159,9 +154,7 @@ def test_topk_is_finite_when_rounded_members_sum_to_more_than_one() -> None:
             assert d.isfinite().all() and (d >= 0).all()
 
 
-def policies(
-    seed: int, tokens: int, vocabulary: int, scale: float, shift: float, zeros: float
-) -> list[Tensor]:
+def policies(seed: int, tokens: int, vocabulary: int, scale: float, shift: float, zeros: float) -> list[Tensor]:
     """Two float64 policies log mu, log pi [T, V], `shift` apart, with a share of exact zeros in each.
 
     log p_i is taken as -log(1 + sum_j!=i exp(l_j - l_i)): torch.log_softmax rounds 1 - p to multiples of

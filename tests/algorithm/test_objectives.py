@@ -315,18 +315,14 @@ def test_what_an_objective_needs_is_asked_for_by_name() -> None:
     rollout, stats = RolloutTokens(torch.ones(1), log(0.5)), stats_of(log(0.6))
     with pytest.raises(ValueError, match="minirl: got no recomputed_logprob, expected f32.T. for anchor"):
         coefficient(make_objective("minirl"), stats, rollout)
-    with pytest.raises(
-        ValueError, match="dppo_topk_kl: got no Top-K log-probs, .*record top_k=20 at rollout"
-    ):
+    with pytest.raises(ValueError, match="dppo_topk_kl: got no Top-K log-probs, .*record top_k=20 at rollout"):
         coefficient(make_objective("dppo_topk_kl"), stats, rollout)
     with_topk = stats_of(log(0.6), topk_logprob=log(0.6, 0.6)[None], member=torch.tensor([[True, False]]))
     with pytest.raises(ValueError, match="dppo_topk_tv_decoupled: got no Top-K .* recomputed policy"):
         only_mu = RolloutTokens(torch.ones(1), log(0.5), log(0.5, 0.5)[None], recomputed_logprob=log(0.5))
         coefficient(make_objective("dppo_topk_tv_decoupled", top_k=1), with_topk, only_mu)
     with pytest.raises(ValueError, match=r"dppo_topk_tv: got 2 Top-K columns, expected K \+ 1 = 21"):
-        coefficient(
-            make_objective("dppo_topk_tv"), with_topk, replace(rollout, topk_logprob=log(0.5, 0.5)[None])
-        )
+        coefficient(make_objective("dppo_topk_tv"), with_topk, replace(rollout, topk_logprob=log(0.5, 0.5)[None]))
 
 
 EXTREMES = [-INF, -9999.0, -100.0, -30.0, math.log(0.5), -1e-8, 0.0, 1e-7]
@@ -341,9 +337,7 @@ def test_coefficients_are_finite_at_probabilities_zero_and_one(name: str) -> Non
     old_topk = topk_stats(old, pi, columns=mu_topk.shape[1])[0]
     stats = stats_of(pi, topk_logprob=pi_topk, member=member)
     result = coefficient(objective, stats, RolloutTokens(advantage, mu, mu_topk, old, old_topk))
-    assert (
-        result.value.isfinite().all() and result.ratio.isfinite().all() and result.divergence.isfinite().all()
-    )
+    assert result.value.isfinite().all() and result.ratio.isfinite().all() and result.divergence.isfinite().all()
     assert (result.value[advantage == 0] == 0).all() and (result.value[~result.keep] == 0).all()
     assert ((result.value > 0) == (result.keep & (advantage > 0))).all()
 
@@ -378,9 +372,7 @@ def test_a_missing_logprob_stops_the_run(name: str) -> None:
 # Gradients ----------------------------------------------------------------------------------------
 
 
-def softmax_problem(
-    seed: int, tokens: int = 60, vocabulary: int = 5
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_problem(seed: int, tokens: int = 60, vocabulary: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """theta [T, V] (logits of pi), log mu and log old [T, V], sampled ids and advantages [T], in float64."""
     g = torch.Generator().manual_seed(seed)
     theta = torch.randn(tokens, vocabulary, generator=g, dtype=torch.float64)
@@ -456,9 +448,7 @@ def test_grpo_is_the_gradient_of_the_clipped_objective(seed: int) -> None:
     ratio = (logprob - mu).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - 0.2, 1 + 0.28) * advantage).sum()
     (expected,) = torch.autograd.grad(-surrogate, theta, retain_graph=True)
-    result = coefficient(
-        make_objective("grpo_clip_higher"), stats_of(logprob.detach()), RolloutTokens(advantage, mu)
-    )
+    result = coefficient(make_objective("grpo_clip_higher"), stats_of(logprob.detach()), RolloutTokens(advantage, mu))
     (gradient,) = torch.autograd.grad(-(result.value * logprob).sum(), theta)
     assert 0 < result.keep.sum() < len(ids)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

@@ -29,15 +29,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def jsonl(path: Path, *records: Any) -> Path:
-    path.write_bytes(
-        b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in records) + b"\n"
-    )
+    path.write_bytes(b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in records) + b"\n")
     return path
 
 
-def test_lines_are_taken_or_refused_one_by_one(
-    tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_lines_are_taken_or_refused_one_by_one(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(
         tmp_path / "prompts.jsonl",
         {"prompt": "1+1=", "answer": "2", "source": "own"},

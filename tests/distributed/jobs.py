@@ -21,9 +21,7 @@ from megatron_dppo.weights.mapping import hub_shapes
 
 
 def fp32_model(rank: Rank, path: Path, temperature: float = 1.0) -> Model:
-    return load_model(
-        path, rank, torch.float32, sequence_parallel=rank.parallel.tensor > 1, temperature=temperature
-    )
+    return load_model(path, rank, torch.float32, sequence_parallel=rank.parallel.tensor > 1, temperature=temperature)
 
 
 def numpy(tensor: Tensor | None) -> Any:
@@ -46,9 +44,7 @@ def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) ->
     entropy 0.1.
     """
     model = fp32_model(rank, path)
-    optimizer = Optimizer(
-        model.chunk, AdamSettings(lr=1e-3), dtype=torch.float32, distributed=False
-    )
+    optimizer = Optimizer(model.chunk, AdamSettings(lr=1e-3), dtype=torch.float32, distributed=False)
     model = replace(model, chunk=optimizer.model)
     optimizer.zero()
     mine = batches[rank.at.data]

@@ -11,7 +11,9 @@ from megatron_dppo.head.policy_head import VocabShard, policy_loss, token_stats
 T, H, V, PADDED, K = 13, 16, 101, 112, 4
 
 
-def inputs(seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [T, H], weight [PADDED, H] with garbage in the padding, targets, topk_ids with borders and absences."""
     g = torch.Generator().manual_seed(seed)
     hidden = (scale * torch.randn(T, H, generator=g)).to(dtype)

@@ -1,4 +1,4 @@
-"""The boxes of all ranks tile every hub tensor exactly once, at every layout; hand-computed boxes where it is subtle."""
+"""The boxes of all ranks tile every hub tensor exactly once, at every layout; some boxes computed by hand."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_pieces_of_a_parameter_fill_it_without_overlap(parallel: Parallel) -> No
 
 
 def test_qkv_is_interleaved_by_group_and_split_inside_a_group() -> None:
-    """TP4 over two groups of [q q k v] rows of head size 2: rank 0 holds the group's queries, rank 1 its key and value."""
+    """TP4 over two groups of [q q k v], head size 2: rank 0 holds a group's queries, rank 1 its key and value."""
+
     def boxes(rank: int) -> list[tuple[str, int, int, int]]:
         layout = megatron_layout(SMALL, Parallel(tensor=4, ranks=4), rank)
         pieces = [p for p in layout if p.param == "decoder.layers.0.self_attention.linear_qkv.weight"]
@@ -100,8 +101,12 @@ def test_experts_and_layers_have_local_names() -> None:
 def test_coordinates_are_megatrons_default_order() -> None:
     parallel = Parallel(tensor=2, expert=2, pipeline=2, ranks=8)
     assert coordinates(parallel, 0) == Coordinates(0, 0, 0, 0, 0, 0)
-    assert coordinates(parallel, 3) == Coordinates(tensor=1, data=1, pipeline=0, expert_tensor=0, expert=1, expert_data=1)
-    assert coordinates(parallel, 6) == Coordinates(tensor=0, data=1, pipeline=1, expert_tensor=0, expert=0, expert_data=1)
+    assert coordinates(parallel, 3) == Coordinates(
+        tensor=1, data=1, pipeline=0, expert_tensor=0, expert=1, expert_data=1
+    )
+    assert coordinates(parallel, 6) == Coordinates(
+        tensor=0, data=1, pipeline=1, expert_tensor=0, expert=0, expert_data=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,9 @@ def test_padded_vocabulary(vocab: int, tensor: int, padded: int) -> None:
 
 def test_a_shard_of_padding_only_is_in_the_layout_with_nothing_to_copy() -> None:
     arch = dataclasses.replace(SMALL, vocab_size=513)  # padded to 1024 = 4 x 256: the last rank has no real row
-    piece = next(p for p in megatron_layout(arch, Parallel(tensor=4, expert=2, ranks=4), 3) if p.param.startswith("embedding"))
+    piece = next(
+        p for p in megatron_layout(arch, Parallel(tensor=4, expert=2, ranks=4), 3) if p.param.startswith("embedding")
+    )
     assert piece.start[0] == piece.stop[0]
 
 

@@ -1,0 +1,1 @@
+"""Rollouts: trajectories, the engines that sample them, and how an engine gets new weights."""

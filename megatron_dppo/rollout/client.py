@@ -1,0 +1,277 @@
+"""The rollout client: the process between engines and trainer ranks.
+
+For each step it brings new weights to the engines, evaluates where it is due, samples groups of responses, scores
+them, and leaves for each data-parallel replica a file with just that replica's samples, in the order of its
+micro-batches. Started by the launcher as `python -m megatron_dppo.rollout.client CONFIG`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dppo.algorithm.advantages import group_advantages
+from megatron_dppo.algorithm.objectives import make_objective
+from megatron_dppo.config import Config, load_config
+from megatron_dppo.control import (
+    CONTROL_VARIABLE,
+    ENGINE_URLS_VARIABLE,
+    ENGINES_KEY,
+    SHARED_VARIABLE,
+    Control,
+    batch_key,
+    weights_key,
+)
+from megatron_dppo.data.packing import Plan, plan_step
+from megatron_dppo.data.prompts import Prompt, batch_indices, load_prompts
+from megatron_dppo.data.rewards import Reward, make_reward
+from megatron_dppo.rollout.engine import Manifest, RolloutEngine, Sampling
+from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
+from megatron_dppo.rollout.vllm import VllmEngine
+
+MAX_SEED = 2**31 - 1
+
+
+@dataclass
+class Client:
+    """What the client knows for the whole run."""
+
+    config: Config
+    control: Control
+    engines: Sequence[RolloutEngine]
+    shared: Path
+    tokenizer: Any
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    reward: Reward
+    seconds: dict[str, float] = field(default_factory=dict)  # of the step at hand, by phase
+
+    async def run(self) -> None:
+        """All steps. Training ends with a message that says why instead of samples."""
+        steps = self.config.training.steps
+        for step in range(steps + 1):
+            self.seconds = {}
+            if step:
+                await self._update_engines(step)
+            evaluation = await self._evaluate(step)
+            stop = self._reason_to_stop(step, evaluation)
+            message: dict[str, Any] = {"evaluation": evaluation, "stop": stop}
+            if stop is None:
+                message |= await self._roll_out(step)
+            self.control.post(batch_key(step), message | {"seconds": self.seconds})
+            if stop is not None:
+                return
+
+    async def _update_engines(self, version: int) -> None:
+        """Waits for the trainer's weights and puts them in use; on return every engine answers with `version`."""
+        with _timed(self.seconds, "wait_for_trainer"):
+            timeout_s = self.config.training.rollout_timeout_s
+            message = await asyncio.to_thread(self.control.wait, weights_key(version), timeout_s)
+        for path in self.shared.glob("batch-*"):  # the ranks are done with them
+            path.unlink()
+        with _timed(self.seconds, "update_engines"):
+            manifest = _manifest(message)
+            await asyncio.gather(*(self._update(engine, version, manifest) for engine in self.engines))
+
+    async def _update(self, engine: RolloutEngine, version: int, manifest: Manifest) -> None:
+        await engine.pause("wait")
+        await engine.begin_update(version, manifest)
+        await engine.commit()
+        await engine.health()  # asks the engine for its version
+
+    async def _evaluate(self, step: int) -> dict[str, float] | None:
+        """Held-out accuracy where it is due: before, after, and every so many steps."""
+        settings = self.config.evaluation
+        due = step in (0, self.config.training.steps) or (settings.every and step % settings.every == 0)
+        if not self.held_out or not due:
+            return None
+        with _timed(self.seconds, "evaluate"):
+            max_tokens = self.config.rollout.max_response_tokens
+            greedy = Sampling(temperature=0.0, max_tokens=max_tokens, training=False)
+            result = {"accuracy_greedy": await self._accuracy(greedy, f"eval{step}-greedy")}
+            if settings.sampled:
+                sampled = Sampling(temperature=settings.temperature, max_tokens=max_tokens, training=False)
+                result["accuracy_sampled"] = await self._accuracy(sampled, f"eval{step}-sampled")
+        return result
+
+    async def _accuracy(self, sampling: Sampling, name: str) -> float:
+        answers = await asyncio.gather(
+            *(self._sample(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(self.held_out))
+        )
+        scores = await self._score(answers, self.held_out)
+        return float(np.mean([score.get("accuracy", score["reward"]) for score in scores]))
+
+    def _reason_to_stop(self, step: int, evaluation: dict[str, float] | None) -> str | None:
+        target = self.config.evaluation.target_accuracy
+        # Not before the first step: a run that trains nothing is not what was asked for.
+        if step and evaluation and target is not None and min(evaluation.values()) >= target:
+            return f"held-out accuracy reached {target}"
+        return f"{step} steps done" if step == self.config.training.steps else None
+
+    async def _roll_out(self, step: int) -> dict[str, Any]:
+        """Samples, scores and leaves the step's batch; returns the message's part that says where and how it went."""
+        settings = self.config.rollout
+        indices = batch_indices(step, settings.prompts_per_step, len(self.train), self.config.run.seed)
+        prompts = [self.train[i] for i in indices for _ in range(settings.samples_per_prompt)]
+        groups = np.repeat(np.arange(len(indices)), settings.samples_per_prompt)
+        top_k = make_objective_of(self.config).top_k or settings.log_topk
+        sampling = Sampling(
+            temperature=settings.temperature,
+            max_tokens=settings.max_response_tokens,
+            training=True,
+            num_topk_logprobs=top_k,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+        with _timed(self.seconds, "generate"):
+            trajectories = await asyncio.gather(
+                *(
+                    self._sample(prompt, sampling, f"{step}-{i}", f"{step}-{groups[i]}", int(groups[i]))
+                    for i, prompt in enumerate(prompts)
+                )
+            )
+        with _timed(self.seconds, "score"):
+            scores = await self._score(trajectories, prompts)
+            samples = with_advantages(trajectories, scores, groups, self.config.advantage.normalise)
+        with _timed(self.seconds, "pack"):
+            placed = self._place(step, samples, groups)
+        return placed | {"metrics": _batch_metrics(trajectories, scores)}
+
+    async def _sample(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Trajectory:
+        """One response. Groups stay on one engine, where they share the prompt's cache."""
+        seed = np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED)
+        engine = self.engines[spread % len(self.engines)]
+        seeded = replace(sampling, seed=int(seed))
+        return await engine.generate(prompt.token_ids.tolist(), seeded, name, group_id=group)
+
+    async def _score(self, answers: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
+        texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
+        return await asyncio.gather(
+            *(
+                asyncio.to_thread(self.reward, text, prompt.answer, answer.finish_reason)
+                for text, prompt, answer in zip(texts, prompts, answers, strict=True)
+            )
+        )
+
+    def _place(self, step: int, samples: Sequence[Scored], groups: np.ndarray) -> dict[str, Any]:
+        """One file a replica; the message says how its samples divide into minibatches and micro-batches."""
+        training = self.config.training
+        plan = plan_step(
+            np.array([sample.trajectory.num_tokens for sample in samples]),
+            groups,
+            minibatches=training.minibatches,
+            replicas=self.config.parallel.data,
+            micro_batch_tokens=training.micro_batch_tokens,
+            seed=int(np.random.default_rng([self.config.run.seed, step]).integers(MAX_SEED)),
+        )
+        files, sizes = [], []
+        for replica in range(self.config.parallel.data):
+            path = self.shared / f"batch-{step}-{replica}.safetensors"
+            save_batch(path, [samples[i] for i in _order(plan, replica)])
+            files.append(str(path))
+            sizes.append([[len(micro) for micro in minibatch[replica]] for minibatch in plan])
+        return {"files": files, "micro_batch_sizes": sizes}
+
+
+def make_objective_of(config: Config) -> Any:
+    """The objective a config names."""
+    return make_objective(config.objective.name, preset=config.objective.preset, **config.objective.overrides)
+
+
+def with_advantages(
+    trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]], groups: np.ndarray, normalise: Any
+) -> list[Scored]:
+    """Every token of a response has the response's advantage."""
+    advantages = group_advantages(np.array([score["reward"] for score in scores]), groups, normalise)
+    return [
+        Scored(trajectory, score, np.full(trajectory.response_length, advantage, np.float32))
+        for trajectory, score, advantage in zip(trajectories, scores, advantages, strict=True)
+    ]
+
+
+def _order(plan: Plan, replica: int) -> list[int]:
+    return [index for minibatch in plan for micro_batch in minibatch[replica] for index in micro_batch]
+
+
+def _manifest(message: dict[str, Any]) -> Manifest:
+    tensors = tuple((name, dtype, tuple(shape), offset) for name, dtype, shape, offset in message["tensors"])
+    return Manifest(message["version"], message["path"], tensors, message["nbytes"], tuple(message["crc32"]))
+
+
+def _batch_metrics(trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for score in scores for name in score})
+    metrics = {name: float(np.mean([score[name] for score in scores])) for name in names}
+    metrics["response_length"] = float(np.mean([t.response_length for t in trajectories]))
+    metrics["truncated_share"] = float(np.mean([t.finish_reason == "length" for t in trajectories]))
+    return metrics
+
+
+class _timed:
+    """Adds the seconds of a block to `seconds[phase]`."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.start
+
+
+async def main(config: Config) -> None:
+    """Connects to what the environment names and runs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    data, rollout = config.data, config.rollout
+
+    def prompts(path: Path, limit: int | None) -> tuple[Prompt, ...]:
+        taken = load_prompts(
+            path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
+            answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
+        )  # fmt: skip
+        print(f"{path}: {taken.describe()}", flush=True)
+        return taken.prompts
+
+    urls = os.environ[ENGINE_URLS_VARIABLE].split(",")
+    engines = [
+        VllmEngine(
+            url,
+            concurrency=max(1, rollout.max_concurrency // len(urls)),
+            timeout_s=rollout.request_timeout_s,
+            attempts=rollout.max_retries + 1,
+        )
+        for url in urls
+    ]
+    try:
+        control = Control.connect(os.environ[CONTROL_VARIABLE])
+        capabilities = [asdict(await engine.capabilities()) for engine in engines]
+        control.post(ENGINES_KEY, {"engines": capabilities})
+        print("\n".join(map(str, capabilities)), flush=True)
+        client = Client(
+            config=config,
+            control=control,
+            engines=engines,
+            shared=Path(os.environ[SHARED_VARIABLE]),
+            tokenizer=tokenizer,
+            train=prompts(data.train, None),
+            held_out=prompts(data.eval, config.evaluation.prompts) if data.eval else (),
+            reward=make_reward(config.reward),
+        )
+        await client.run()
+    finally:
+        for engine in engines:
+            await engine.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(load_config(sys.argv[1])))
