@@ -39,7 +39,7 @@ from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.vllm_answer import parse_answer, request_body
 
 State = Literal["ready", "paused", "updating", "unusable"]
-CONTROL_CONNECTIONS = 4  # beside those of `generate`, so that pause and health never wait for a sample
+GENERATE = "/inference/v1/generate"
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 ABORT_POLL_S = 0.2
 MESSAGE_CHARS = 500  # of a server's error body in our message
@@ -71,8 +71,12 @@ class VllmEngine:
     ) -> None:
         self.url = url.rstrip("/")
         # aiohttp, not httpx: httpx scans all its connections for each request, quadratic in the concurrency.
-        self._http: aiohttp.ClientSession | None = None  # made on first use, inside the event loop
-        self._connections = concurrency + CONTROL_CONNECTIONS
+        # Made on first use, inside the event loop. Control requests have connections of their own, so that they never
+        # wait for a sample, and new ones: a kept connection may be closed by the server just as a request leaves, and
+        # most of them must not be repeated blindly.
+        self._sampling: aiohttp.ClientSession | None = None
+        self._control: aiohttp.ClientSession | None = None
+        self._connections = concurrency
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
         self._attempts, self._backoff_s = attempts, backoff_s
         self._slots = asyncio.Semaphore(concurrency)
@@ -142,7 +146,7 @@ class VllmEngine:
         async with self._flight(), self._slots:
             self._require_ready()  # again: it may have been paused while this call waited for its slot
             version = self._version
-            answer = await self._retrying("POST", "/inference/v1/generate", body, check_version=True)
+            answer = await self._retrying("POST", GENERATE, body, check_version=True)
         return parse_answer(self.url, facts, answer, prompt_ids, sampling, version, request_id, group_id)
 
     @contextlib.asynccontextmanager
@@ -245,8 +249,9 @@ class VllmEngine:
         self._state = "ready"
 
     async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
+        for session in (self._sampling, self._control):
+            if session is not None:
+                await session.close()
 
     # ---- HTTP ----
 
@@ -310,7 +315,7 @@ class VllmEngine:
         *,
         parse: bool = True,
     ) -> dict[str, Any]:
-        async with self._session().request(verb, path, json=body, params=params) as response:
+        async with self._session(path).request(verb, path, json=body, params=params) as response:
             status, text = response.status, await response.text()
         if status >= 500:
             raise _ServerFault(f"answered {status}: {text[:MESSAGE_CHARS]}")
@@ -326,11 +331,13 @@ class VllmEngine:
             raise EngineBadAnswer(self.url, f"{path}: got a JSON {type(answer).__name__}, expected an object")
         return answer
 
-    def _session(self) -> aiohttp.ClientSession:
-        if self._http is None:
-            connector = aiohttp.TCPConnector(limit=self._connections)
-            self._http = aiohttp.ClientSession(self.url, timeout=self._timeout, connector=connector)
-        return self._http
+    def _session(self, path: str) -> aiohttp.ClientSession:
+        if self._sampling is None or self._control is None:
+            kept = aiohttp.TCPConnector(limit=self._connections)
+            self._sampling = aiohttp.ClientSession(self.url, timeout=self._timeout, connector=kept)
+            fresh = aiohttp.TCPConnector(force_close=True)
+            self._control = aiohttp.ClientSession(self.url, timeout=self._timeout, connector=fresh)
+        return self._sampling if path == GENERATE else self._control
 
 
 def _described(error: BaseException | None) -> str:

@@ -77,7 +77,7 @@ class SharedImage:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:

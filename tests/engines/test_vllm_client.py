@@ -306,7 +306,7 @@ def test_a_server_with_other_logprobs_is_refused(stub: Stub) -> None:
 def test_nobody_listens() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     before = time.monotonic()
-    with pytest.raises(EngineUnreachable, match="failed 3 times, last with ConnectError") as error:
+    with pytest.raises(EngineUnreachable, match="failed 3 times, last with ClientConnectorError") as error:
         ask(url)
     assert time.monotonic() - before < 2 and url in str(error.value)
 
@@ -318,7 +318,7 @@ def test_a_server_that_hangs_is_given_up_in_time(stub: Stub) -> None:
 
     stub.generate = hang
     before = time.monotonic()
-    with pytest.raises(EngineUnreachable, match="failed 2 times, last with ReadTimeout"):
+    with pytest.raises(EngineUnreachable, match="failed 2 times, last with TimeoutError"):
         ask(stub.url, timeout_s=0.2, attempts=2)
     assert time.monotonic() - before < 2
 
