@@ -2,8 +2,9 @@
 
 Megatron-core calls `torch.cuda` by name in many places (streams, events, the random state, `device="cuda"`,
 type-name checks in the optimizer). On a machine with a GPU this module changes nothing. On a machine without
-one, `install_stand_in` replaces those calls once, for this process, by their CPU meaning; `backend/__init__.py` calls
-it before anything imports Megatron. Nothing else in the package patches torch or Megatron-core.
+one, `install_stand_in` replaces those calls once, for this process, by their CPU meaning. A rank calls it when it joins
+its job (`parallel.initialise_parallel`); no other process should, since transformers' models do not load right under
+it. Nothing else in the package patches torch or Megatron-core.
 """
 
 from __future__ import annotations
@@ -139,10 +140,12 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mend_megatron() -> None:
-    """Two places of megatron-core 0.16 that take the absence of a GPU or of Transformer Engine for granted."""
+    """Places of megatron-core 0.16 that take a GPU or Transformer Engine for granted, or took a call's name early."""
+    import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
+    megatron_random._lazy_call = torch.cuda._lazy_call
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # imported in a try block, used unconditionally
 

@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import gpt_model
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,11 +112,27 @@ def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_par
     if rank.is_last_stage:
         # Not a subclass of GPTModel: its post-processing changes its signature between Megatron's versions.
         model.output_layer.__class__ = HiddenStatesOutput
+    _mark_split_weights(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("embedding.", "output_layer.")):
                 parameter.zero_()  # rows of vocabulary padding belong to no tensor of the checkpoint
     return model.cuda()
+
+
+def _mark_split_weights(model: nn.Module) -> None:
+    """What Megatron notes while it initialises weights, which is skipped here: which ones TP splits.
+
+    Without the mark a split weight counts as a copy, and the norm that clips gradients misses all ranks but the first.
+    """
+    split_axis = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        for kind, axis in split_axis.items():
+            if isinstance(module, kind) and module.weight is not None:
+                for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                    if hasattr(module.weight, name):
+                        delattr(module.weight, name)  # the defaults; Megatron asserts that nothing is set yet
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=axis, stride=1)
 
 
 def head_weight(model: nn.Module) -> torch.Tensor:

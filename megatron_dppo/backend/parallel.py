@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_dppo.backend.device import communication_backend, select_device
+from megatron_dppo.backend.device import communication_backend, install_stand_in, select_device
 from megatron_dppo.weights.layout import Coordinates, Parallel, coordinates
 
 
@@ -47,6 +47,7 @@ def initialise_parallel(parallel: Parallel, seed: int, timeout_s: float = 600.0)
     world = int(os.environ["WORLD_SIZE"])
     if world != parallel.ranks:
         raise ValueError(f"ranks: got WORLD_SIZE {world}, expected parallel.ranks = {parallel.ranks}")
+    install_stand_in()
     select_device()
     dist.init_process_group(communication_backend(), timeout=timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dppo.algorithm.objectives import TokenStats
+from megatron_dppo.algorithm.objectives import TokenStats, make_objective
 from megatron_dppo.backend.model import Model, load_model
-from megatron_dppo.backend.optimizer import AdamSettings, Optimizer
+from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
-from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.config import Config
+from megatron_dppo.control import Control
+from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, plan_step
+from megatron_dppo.rollout.trajectory import load_batch
+from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.local import export_pieces
 from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.sync import SharedImage
 
 
 def fp32_model(rank: Rank, path: Path, temperature: float = 1.0) -> Model:
@@ -57,3 +63,69 @@ def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) ->
     image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items()}
     export_pieces({name: p.main_grad for name, p in model.parameters.items()}, model.pieces, image)
     return {name: numpy(tensor) for name, tensor in image.items()}
+
+
+def rl_steps(
+    rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path
+) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    """Two steps of the trainer on the same samples; the weights as it publishes them, and its metrics."""
+    samples = load_batch(batch)
+    training = config.training
+    optimizer_settings = AdamSettings(lr=training.lr, eps=training.eps)
+    model = fp32_model(rank, path)
+    optimizer = Optimizer(
+        model.chunk, optimizer_settings, dtype=torch.float32, distributed=config.parallel.distributed_optimizer
+    )
+    trainer = Trainer(
+        config=config,
+        control=Control.serve(),
+        model=replace(model, chunk=optimizer.model),
+        optimizer=optimizer,
+        objective=make_objective(config.objective.name, **config.objective.overrides),
+        image=SharedImage(shared / "weights", hub_shapes(model.arch), torch.float32),
+    )
+    plan = plan_step(
+        np.array([sample.trajectory.num_tokens for sample in samples]),
+        groups,
+        minibatches=training.minibatches,
+        replicas=rank.parallel.data,
+        micro_batch_tokens=training.micro_batch_tokens,
+        seed=0,
+    )
+    minibatches = [
+        [
+            build_micro_batch(
+                [samples[i] for i in micro],
+                num_topk=trainer.num_topk,
+                weights=LossWeights(config.loss.normaliser, int(config.loss.constant or 1)),
+                length_multiple=rank.parallel.tensor,
+            )
+            for micro in minibatch[rank.at.data]
+        ]
+        for minibatch in plan
+    ]
+    results = [trainer._train_step(step, minibatches) for step in range(2)]
+    trainer.image.write(trainer.model.parameters, trainer.model.pieces)
+    manifest = trainer.image.manifest(version=1)
+    crc32 = [zlib.crc32(tensor.numpy().tobytes()) for tensor in trainer.image.tensors.values()]
+    assert list(manifest.crc32 or ()) == crc32
+    return {name: numpy(tensor) for name, tensor in trainer.image.tensors.items()}, results
+
+
+def poisoned_step(rank: Rank, path: Path, where: str) -> str:
+    """What the optimizer says of a NaN, and whether it left the weights alone."""
+    model = fp32_model(rank, path)
+    optimizer = Optimizer(model.chunk, AdamSettings(lr=1.0), dtype=torch.float32, distributed=True)
+    before = {name: p.detach().clone() for name, p in model.parameters.items()}
+    optimizer.zero()
+    loss = torch.tensor(torch.nan if where == "loss" and rank.rank == 1 else 1.0)
+    if where == "gradient" and rank.rank == 0:
+        dict(optimizer.model.module.named_parameters())["decoder.layers.1.mlp.router.weight"].main_grad[0, 0] = (
+            torch.inf
+        )
+    try:
+        optimizer.step(watch={"the loss of micro-batch 0": loss})
+    except NonFinite as error:
+        assert all(torch.equal(before[name], p) for name, p in model.parameters.items())
+        return str(error)
+    return "no error"

@@ -1,0 +1,141 @@
+"""The trainer's step at every layout against one rank: weights, metrics; and what a NaN does."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dppo.config import Config
+from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
+from megatron_dppo.weights.layout import Parallel
+from tests.distributed.jobs import poisoned_step, rl_steps
+from tests.distributed.rank_pool import RankPool
+from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+
+VOCAB, NUM_TOPK = 64, 4
+GROUPS, SAMPLES = 4, 3
+LAYOUTS = {
+    "tp2_ep2": Parallel(tensor=2, expert=2, ranks=2),
+    "dp2": Parallel(ranks=2),
+    "dp2_ep2": Parallel(expert=2, ranks=2),
+    "pp2": Parallel(pipeline=2, ranks=2),
+    "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "binary_tv": {"objective": {"name": "dppo_binary_tv"}},
+    "topk_kl_decoupled": {"objective": {"name": "dppo_topk_kl_decoupled", "top_k": NUM_TOPK, "delta": 1e-3}},
+    "minirl_by_sequence": {
+        "objective": {"name": "minirl"},
+        "loss": {"normaliser": "sequences", "entropy_coefficient": 0.01},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(tiny_config(), seed=5))
+
+
+def config(parallel: Parallel, **sections: Any) -> Config:
+    """Adam with eps 1e-5: with 1e-8 a gradient of rounding noise moves a weight as far as a real one."""
+    return Config.model_validate(
+        {
+            "run": {"name": "test"},
+            "model": {"path": "unused"},
+            "parallel": {
+                name: getattr(parallel, name) for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks")
+            },
+            "data": {"train": "unused", "max_prompt_tokens": 8},
+            "reward": {"name": "final_answer"},
+            "rollout": {"max_response_tokens": 8, "prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES},
+            "training": {"steps": 2, "minibatches": 2, "micro_batch_tokens": 40, "lr": 1e-3, "eps": 1e-5},
+            **sections,
+        }
+    )
+
+
+@cache
+def samples(path: Path) -> tuple[Path, np.ndarray]:
+    """A batch file and its groups: responses of 3 to 9 tokens sampled from mu, which is transformers' policy with noise
+    on its logits, so that masks on both sides bite."""
+    from transformers import Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    scored = [
+        _sampled(model, rng.integers(0, VOCAB, rng.integers(2, 7)), int(rng.integers(3, 10)), i, generator)
+        for i in range(GROUPS * SAMPLES)
+    ]
+    batch = path.parent / "batch.safetensors"
+    save_batch(batch, scored)
+    return batch, np.repeat(np.arange(GROUPS), SAMPLES)
+
+
+@torch.no_grad()
+def _sampled(model: Any, prompt: np.ndarray, length: int, i: int, generator: torch.Generator) -> Scored:
+    ids, log_mus = prompt.tolist(), []
+    for _ in range(length):
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        log_mus.append(torch.log_softmax(logits + torch.randn(VOCAB, generator=generator), -1))
+        ids.append(int(torch.multinomial(log_mus[-1].exp(), 1, generator=generator)))
+    log_mu, response = torch.stack(log_mus), np.array(ids[len(prompt) :], np.int32)
+    topk = log_mu.topk(NUM_TOPK)
+    mask = np.ones(length, np.bool_)
+    mask[1] = i % 4 != 0  # some tokens are the environment's
+    trajectory = Trajectory(
+        sample_id=str(i), group_id=str(i // SAMPLES), engine="test", finish_reason="stop", temperature=1.0,
+        prompt_ids=prompt.astype(np.int32), response_ids=response, loss_mask=mask,
+        rollout_logprobs=log_mu[torch.arange(length), torch.from_numpy(response).long()].numpy(),
+        topk_ids=topk.indices.numpy().astype(np.int32), topk_logprobs=topk.values.numpy(),
+        policy_versions=np.zeros(length, np.int32),
+    )  # fmt: skip
+    return Scored(trajectory, {"reward": 0.0}, torch.randn(length, generator=generator).numpy())
+
+
+@cache
+def on_one_rank(ranks: RankPool, path: Path, objective: str, shared: Path) -> tuple[dict, list[dict]]:
+    parallel = Parallel()
+    return ranks.run(rl_steps, parallel, path, config(parallel, **OBJECTIVES[objective]), *samples(path), shared)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_steps_equal_one_rank(
+    ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str, objective: str
+) -> None:
+    parallel = LAYOUTS[layout]
+    expected, expected_metrics = on_one_rank(ranks, checkpoint, objective, checkpoint.parent)
+    settings = config(parallel, **OBJECTIVES[objective])
+    answers = ranks.run(rl_steps, parallel, checkpoint, settings, *samples(checkpoint), tmp_path)
+    weights, metrics = answers[0]
+    for name, tensor in expected.items():
+        error = np.linalg.norm(weights[name] - tensor) / np.linalg.norm(tensor)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    for step, values in enumerate(expected_metrics):
+        assert metrics[step] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    # the masks did something, on both sides, or this compares nothing
+    assert expected_metrics[0]["masked_share_positive"] > 0 and expected_metrics[0]["masked_share_negative"] > 0
+    assert expected_metrics[0]["loss"] != expected_metrics[1]["loss"]
+
+
+def test_the_mismatch_is_of_the_first_minibatch_only(ranks: RankPool, checkpoint: Path) -> None:
+    _, metrics = on_one_rank(ranks, checkpoint, "binary_tv", checkpoint.parent)
+    assert metrics[0]["mismatch"] != metrics[0]["mean_abs_pi_minus_mu"]
+
+
+@pytest.mark.parametrize(("where", "message"), [
+    ("loss", "got inf or NaN in the loss of micro-batch 0"),
+    ("gradient", "got inf or NaN in the gradient of decoder.layers.1.mlp.router.weight"),
+])  # fmt: skip
+def test_a_nan_stops_before_any_weight_moves(ranks: RankPool, checkpoint: Path, where: str, message: str) -> None:
+    answers = ranks.run(poisoned_step, Parallel(tensor=2, expert=2, ranks=2), checkpoint, where)
+    guilty = answers[1] if where == "loss" else answers[0]
+    innocent = answers[0] if where == "loss" else answers[1]
+    assert guilty == message
+    assert innocent == "got inf or NaN in a tensor of another rank (see its log)"
