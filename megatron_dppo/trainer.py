@@ -53,6 +53,7 @@ class Trainer:
     def run(self, writer: MetricsWriter | None) -> None:
         """Trains until the client says that there are no more samples. `writer` on one rank only."""
         step = 0
+        self._publish(version=0)
         while True:
             started = time.perf_counter()
             message = self.control.wait(batch_key(step), self.config.training.rollout_timeout_s)
@@ -63,7 +64,7 @@ class Trainer:
             minibatches = self._load(message)
             trained = self._train_step(step, minibatches)
             train_seconds = time.perf_counter() - started - waited
-            self._publish(step + 1)
+            self._publish(version=step + 1)
             seconds = {"wait": waited, "train": train_seconds, "total": time.perf_counter() - started}
             _write(writer, step, message, trained, seconds)
             step += 1

@@ -59,8 +59,8 @@ class Client:
         steps = self.config.training.steps
         for step in range(steps + 1):
             self.seconds = {}
-            if step:
-                await self._update_engines(step)
+            # Version 0 too: whatever an engine started with, what it samples from is what the trainer has.
+            await self._update_engines(step)
             evaluation = await self._evaluate(step)
             stop = self._reason_to_stop(step, evaluation)
             message: dict[str, Any] = {"evaluation": evaluation, "stop": stop}

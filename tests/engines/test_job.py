@@ -1,0 +1,171 @@
+"""The command as a user runs it: launcher, vLLM server, client and two ranks; what it leaves, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_dppo.data.addition import sample_problems, write_problems
+from tools.make_quickstart_input import write_initial_model
+
+DEADLINE_S = 240.0
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A short job on the quickstart's model, untrained: four groups of four samples, two gradient steps each."""
+    import random
+
+    write_initial_model(tmp_path / "model", seed=1)
+    rng = random.Random(0)
+    write_problems(tmp_path / "train.jsonl", sample_problems(rng, 50, held_out=False))
+    write_problems(tmp_path / "heldout.jsonl", sample_problems(rng, 8, held_out=True))
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "größe", "answer": "1"}\n{"prompt": "", "answer": "1"}\nnot json\n')
+    config = {
+        "run": {"name": "job", "dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "parallel": {"tensor": 2, "expert": 2, "ranks": 2},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": str(tmp_path / "heldout.jsonl"),
+            "max_prompt_tokens": 16,
+        },
+        "reward": {"name": "final_answer"},
+        "rollout": {
+            "dtype": "float32",
+            "max_response_tokens": 6,
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "log_topk": 3,
+            "max_retries": 1,
+        },
+        "training": {"steps": 2, "minibatches": 2, "micro_batch_tokens": 64, "lr": 1e-3},
+        "evaluation": {"prompts": 8},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "megatron_dppo.cli", "train", str(recipe), *overrides]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Living descendants of `pid`, with their command lines."""
+    found: dict[int, str] = {}
+    queue = [pid]
+    while queue:
+        parent = queue.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                queue.append(child)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    give_up = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert job.poll() is None, f"the job ended early:\n{job.stdout.read() if job.stdout else ''}"
+        assert time.monotonic() < give_up, "waited too long"
+        time.sleep(0.2)
+
+
+def steps_done(recipe: Path) -> int:
+    path = recipe.parent / "run" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def shared_directories() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("megatron_dppo-job-*")}
+
+
+def assert_gone(pids: dict[int, str]) -> None:
+    left = {pid: name for pid, name in pids.items() if Path(f"/proc/{pid}").exists()}
+    assert not left, f"still running: {left}"
+
+
+def test_a_whole_run_and_what_it_leaves(recipe: Path) -> None:
+    before = shared_directories()
+    job = command(recipe)
+    output, _ = job.communicate(timeout=DEADLINE_S)
+    assert job.returncode == 0, output
+    run = recipe.parent / "run"
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for record in records[:2]:
+        assert record["tokens"] > 0 and record["grad_norm"] >= 0
+        assert record["mismatch"] < 1e-5  # fp32 on both sides, same weights: the engine did take every version
+        assert 0 <= record["topk_tv"] <= 1 and record["divergence"] <= record["topk_tv"] + 1e-6
+        assert {"seconds/generate", "seconds/update_engines", "seconds/train"} <= record.keys()
+    assert {"eval/accuracy_greedy", "eval/accuracy_sampled"} <= records[0].keys() & records[2].keys()
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tp"], summary["ep"], summary["engine"]) == (2, 2, 2, "vllm")
+    assert summary["objective"] == "dppo_binary_tv" and summary["engine_version"] and summary["seconds"] > 0
+    assert (run / "learning_curve.png").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir()) and (run / "resolved.yaml").is_file()
+    assert "50 prompts taken, 3 refused" in (run / "logs" / "client.log").read_text()
+    assert "held-out accuracy" in output and "mask A<0" in output
+
+    trained, initial = (load_file(path / "model.safetensors") for path in (run / "model", recipe.parent / "model"))
+    assert trained.keys() == initial.keys()
+    if any(record["grad_norm"] > 0 for record in records[:2]):
+        assert any(not torch.equal(trained[name], initial[name]) for name in initial)
+    from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+
+    Qwen3MoeForCausalLM.from_pretrained(run / "model")
+    AutoTokenizer.from_pretrained(run / "model")
+    assert shared_directories() == before
+
+
+def test_ctrl_c_leaves_nothing_running(recipe: Path) -> None:
+    before = shared_directories()
+    job = command(recipe, "training.steps=1000")
+    wait_until(lambda: steps_done(recipe) >= 1, job)
+    family = descendants(job.pid)
+    assert sum("megatron_dppo.trainer" in name for name in family.values()) >= 2
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 130 and "interrupted" in output
+    assert_gone(family)
+    assert shared_directories() == before
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [
+        ("megatron_dppo.trainer", r"failed: rank \d ended with code 137 \(SIGKILL\)"),
+        ("megatron_dppo.rollout.client", r"failed: rollout client ended with code 137 \(SIGKILL\)"),
+        # whichever is noticed first: the server's end, or that it does not answer
+        ("vllm.entrypoints", r"failed: engine ended with code 137|EngineUnreachable: engine http://127.0.0.1:\d+: "),
+    ],
+)
+def test_a_process_that_dies_ends_the_job(recipe: Path, victim: str, message: str) -> None:
+    before = shared_directories()
+    job = command(recipe, "training.steps=1000")
+    wait_until(lambda: steps_done(recipe) >= 1, job)
+    family = descendants(job.pid)
+    pids = [pid for pid, name in family.items() if victim in name and "processes.py" not in name]
+    os.kill(pids[-1], signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 1, output
+    assert re.search(message, output), output
+    assert_gone(family)
+    assert shared_directories() == before
