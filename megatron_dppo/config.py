@@ -16,12 +16,15 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_dppo.config_rules import broken_rules
+
+if TYPE_CHECKING:
+    from megatron_dppo.algorithm.objectives import Objective
 
 DType = Literal["float32", "bfloat16"]
 MAX_TOP_K = 128  # entries an engine is asked for beside the sampled one; a reply grows with it
@@ -162,7 +165,7 @@ class LossConfig(Section):
     """What the summed loss is divided by, and the entropy bonus."""
 
     normaliser: Literal["tokens", "sequences", "constant"] = "tokens"
-    constant: float | None = Field(None, gt=0)  # the divisor of `normaliser: constant`
+    constant: int | None = Field(None, gt=0)  # of `normaliser: constant`: tokens by which each sequence is divided
     entropy_coefficient: float = 0.0
 
 
@@ -263,6 +266,19 @@ def save_config(config: Config, path: Path | str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     os.replace(beside, path)
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that the config names, with its overrides."""
+    from megatron_dppo.algorithm.objectives import make_objective  # torch is not needed to read a config
+
+    section = config.objective
+    return make_objective(section.name, preset=section.preset, **section.overrides)
+
+
+def num_recorded_topk(config: Config) -> int:
+    """How many of the engine's most probable tokens are recorded: the objective's K, or some for the metrics alone."""
+    return objective_of(config).top_k or config.rollout.log_topk
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import math
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
         RolloutConfig,
         TrainingConfig,
     )
+
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def broken_rules(sections: Mapping[str, Any]) -> list[str]:
@@ -204,7 +209,20 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
     for url in rollout.urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"rollout.urls: got {url!r}, expected an address such as http://node1:8000"
+            yield f"rollout.urls: got {url!r}, expected an address such as http://127.0.0.1:8000"
+        elif parts.hostname not in LOCAL_HOSTS:
+            yield f"rollout.urls: got {url!r}, expected a server on this machine: weights travel through its memory"
+
+
+def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
+    """The engine that this job starts can compute the model."""
+    import torch
+
+    if rollout.urls or torch.cuda.device_count():
+        return
+    if arch.head_dim not in VLLM_CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        yield f"model.path: got head_dim {arch.head_dim}, expected one that vLLM computes on CPU: {sizes}"
 
 
 def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:
@@ -295,12 +313,15 @@ def _top_k(objective: ObjectiveConfig, rollout: RolloutConfig, arch: Architectur
     except ValueError:  # _objective says it
         top_k = 0
     for key, value in (("rollout.log_topk", rollout.log_topk), ("objective.top_k", top_k)):
-        if value >= arch.vocab_size:
+        if value and value >= arch.vocab_size:
             yield f"{key}: got {value}, expected less than the model's vocabulary of {arch.vocab_size}"
+    if top_k and rollout.log_topk:
+        yield f"rollout.log_topk: got {rollout.log_topk}, expected 0: {objective.name} records its own {top_k}"
 
 
 RULES = (
     _model_files,
+    _engine,
     _tokenizer,
     _ranks,
     _layout,

@@ -7,6 +7,8 @@ shared memory is given back.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import os
 import shutil
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_dppo.config import Config, save_config
+from megatron_dppo.config import Config, num_recorded_topk, save_config
 from megatron_dppo.control import CONTROL_VARIABLE, ENGINE_URLS_VARIABLE, ENGINES_KEY, SHARED_VARIABLE, Control
 from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
@@ -26,20 +28,25 @@ from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_r
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
+SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
+OUTPUTS = ("resolved.yaml", "logs", "metrics.jsonl", "tensorboard", "summary.json", "learning_curve.png", "model")
 
 
 def launch(config: Config) -> int:
     """Runs the job to its end and writes its summary; returns 0.
 
-    Raises ChildDied with the last lines of its log when a process dies, EngineUnreachable when the engine does not get
-    ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
+    Raises RuntimeError when another run writes to the same directory, ChildDied with the last lines of its log when a
+    process dies, EngineUnreachable when the engine does not get ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
+    with run_directory(config.run.dir):
+        return _run(config)
+
+
+def _run(config: Config) -> int:
     started = time.time()
     console = Console()
     run_dir = config.run.dir
     logs = run_dir / "logs"
-    for old in ("metrics.jsonl", "summary.json", "logs", "tensorboard"):
-        _remove(run_dir / old)
     resolved = run_dir / "resolved.yaml"
     save_config(config, resolved)
     with stop_on_exit() as children, shared_directory(config.run.name) as shared:
@@ -74,7 +81,8 @@ def launch(config: Config) -> int:
 def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
     import torch
 
-    cpu = torch.cuda.device_count() == 0
+    gpus, ranks = torch.cuda.device_count(), config.parallel.ranks
+    cpu, separate = gpus == 0, gpus > ranks
     port = free_port()
     rollout = config.rollout
     argv = server_command(
@@ -82,10 +90,14 @@ def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
         port=port,
         cpu=cpu,
         dtype=rollout.dtype,
+        max_logprobs=num_recorded_topk(config) + 1,  # the sampled token beside the K
+        gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY,
         max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
         max_num_seqs=rollout.max_concurrency,
     )
     env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=max(1, int(rollout.kv_cache_gib)))
+    if separate:
+        env["CUDA_VISIBLE_DEVICES"] = str(ranks)  # the first GPU that no rank has
     return f"http://{HOST}:{port}", start("engine", argv, env=env, log_path=logs / "engine.log")
 
 
@@ -120,11 +132,25 @@ def shared_directory(name: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def run_directory(path: Path) -> Iterator[None]:
+    """Locks a run's directory, and moves what an earlier run left there to `previous-<n>`: nothing is overwritten."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"run.dir: another run writes to {path}; wait for it, or set run.dir or run.name"
+            ) from None
+        left = [path / name for name in OUTPUTS if (path / name).exists()]
+        if left:
+            count = itertools.count(1)
+            previous = next(p for n in count if not (p := path / f"previous-{n}").exists())
+            previous.mkdir()
+            for output in left:
+                output.rename(previous / output.name)
+        yield
 
 
 def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, console: Console) -> None:

@@ -22,14 +22,13 @@ from megatron_dppo.algorithm.objectives import (
     RolloutTokens,
     TokenStats,
     coefficient,
-    make_objective,
     metrics,
 )
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
 from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
 from megatron_dppo.metrics import MetricsWriter
@@ -69,23 +68,18 @@ class Trainer:
             _write(writer, step, message, trained, seconds)
             step += 1
 
-    @property
-    def num_topk(self) -> int:
-        """How many of the engine's most probable tokens are used: by the objective, or for the metrics alone."""
-        return self.objective.top_k or self.config.rollout.log_topk
-
     def _load(self, message: dict[str, Any]) -> list[list[MicroBatch]]:
         """This replica's samples as minibatches of micro-batches."""
         replica = self.model.rank.at.data
         samples = iter(load_batch(Path(message["files"][replica])))
         loss = self.config.loss
-        weights = LossWeights(loss.normaliser, int(loss.constant or 1))
+        weights = LossWeights(loss.normaliser, loss.constant or 1)
         multiple = self.config.parallel.tensor
         return [
             [
                 build_micro_batch(
                     [next(samples) for _ in range(size)],
-                    num_topk=self.num_topk,
+                    num_topk=num_recorded_topk(self.config),
                     weights=weights,
                     length_multiple=multiple,
                 )
@@ -115,7 +109,7 @@ class Trainer:
             sums += results
         at_sampling = _means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
         means = _means(sums, self.model)
-        if not self.num_topk:
+        if not num_recorded_topk(self.config):
             del means["topk_tv"]  # not measured
         return means | {
             "mismatch": at_sampling["mean_abs_pi_minus_mu"],
@@ -237,7 +231,7 @@ def main(config: Config) -> None:
         control=Control.connect(os.environ[CONTROL_VARIABLE]),
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
-        objective=make_objective(config.objective.name, preset=config.objective.preset, **config.objective.overrides),
+        objective=objective_of(config),
         image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
     )
     if rank.rank == 0:

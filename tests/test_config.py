@@ -24,7 +24,7 @@ ARCHITECTURE = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
     "num_experts": 8,
@@ -175,6 +175,14 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
         ),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: got 1"),
         (["rollout.urls=[node1:8000]"], "rollout.urls: got 'node1:8000'"),
+        (
+            ["rollout.urls=[http://10.1.2.3:8000]"],
+            "rollout.urls: got 'http://10.1.2.3:8000', expected a server on this",
+        ),
+        (
+            ["objective.name=dppo_topk_tv", "objective.top_k=5", "rollout.log_topk=3"],
+            "rollout.log_topk: got 3, expected 0",
+        ),
         (["training.micro_batch_tokens=27"], "training.micro_batch_tokens: got 27, expected at least 28"),
         (["parallel.ranks=8", "training.minibatches=8"], None),
         (["parallel.ranks=16", "training.minibatches=8"], "training.minibatches: got 8, expected fewer: 4"),

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dppo.algorithm.advantages import group_advantages
-from megatron_dppo.algorithm.objectives import make_objective
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
     ENGINE_URLS_VARIABLE,
@@ -122,7 +121,7 @@ class Client:
         indices = batch_indices(step, settings.prompts_per_step, len(self.train), self.config.run.seed)
         prompts = [self.train[i] for i in indices for _ in range(settings.samples_per_prompt)]
         groups = np.repeat(np.arange(len(indices)), settings.samples_per_prompt)
-        top_k = make_objective_of(self.config).top_k or settings.log_topk
+        top_k = num_recorded_topk(self.config)
         sampling = Sampling(
             temperature=settings.temperature,
             max_tokens=settings.max_response_tokens,
@@ -179,11 +178,6 @@ class Client:
             files.append(str(path))
             sizes.append([[len(micro) for micro in minibatch[replica]] for minibatch in plan])
         return {"files": files, "micro_batch_sizes": sizes}
-
-
-def make_objective_of(config: Config) -> Any:
-    """The objective a config names."""
-    return make_objective(config.objective.name, preset=config.objective.preset, **config.objective.overrides)
 
 
 def with_advantages(

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dppo.algorithm.objectives import TokenStats, make_objective
+from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, num_recorded_topk, objective_of
 from megatron_dppo.control import Control
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, plan_step
 from megatron_dppo.rollout.trajectory import load_batch
@@ -81,7 +81,7 @@ def rl_steps(
         control=Control.serve(),
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
-        objective=make_objective(config.objective.name, **config.objective.overrides),
+        objective=objective_of(config),
         image=SharedImage(shared / "weights", hub_shapes(model.arch), torch.float32),
     )
     plan = plan_step(
@@ -96,8 +96,8 @@ def rl_steps(
         [
             build_micro_batch(
                 [samples[i] for i in micro],
-                num_topk=trainer.num_topk,
-                weights=LossWeights(config.loss.normaliser, int(config.loss.constant or 1)),
+                num_topk=num_recorded_topk(config),
+                weights=LossWeights(config.loss.normaliser, config.loss.constant or 1),
                 length_multiple=rank.parallel.tensor,
             )
             for micro in minibatch[rank.at.data]

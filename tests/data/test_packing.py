@@ -1,0 +1,102 @@
+"""Minibatches, replicas and micro-batches: every sample once, the same count everywhere; the tensors by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dppo.data.packing import LossWeights, build_micro_batch, plan_step
+from megatron_dppo.rollout.trajectory import Scored, Trajectory
+
+
+def sample(prompt: list[int], response: list[int], mask: list[bool], advantage: float, topk: int = 0) -> Scored:
+    num = len(response)
+    trajectory = Trajectory(
+        sample_id="s", group_id="g", engine="test", finish_reason="stop", temperature=1.0,
+        prompt_ids=np.array(prompt, np.int32), response_ids=np.array(response, np.int32),
+        loss_mask=np.array(mask), rollout_logprobs=-np.arange(1, num + 1, dtype=np.float32),
+        topk_ids=np.tile(np.arange(topk, dtype=np.int32), (num, 1)),
+        topk_logprobs=np.full((num, topk), -5.0, np.float32), policy_versions=np.zeros(num, np.int32),
+    )  # fmt: skip
+    return Scored(trajectory, {}, np.full(num, advantage, np.float32))
+
+
+def test_a_micro_batch_by_hand() -> None:
+    """Two samples of 4 and 3 tokens, padded to 4; the second's middle token is the environment's."""
+    first = sample([5, 6], [7, 8], [True, True], 1.0, topk=3)
+    second = sample([9], [1, 2, 3][:2], [False, True], -2.0, topk=3)
+    batch = build_micro_batch([first, second], num_topk=2, weights=LossWeights("sequences"), length_multiple=4)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 2, 0]]
+    # token 7 is predicted at position 1 of row 0, 8 at position 2; 2 at position 1 of row 1: s * B + b
+    assert batch.row.tolist() == [1 * 2 + 0, 2 * 2 + 0, 1 * 2 + 1]
+    assert batch.target.tolist() == [7, 8, 2]
+    assert batch.advantage.tolist() == [1.0, 1.0, -2.0]
+    assert batch.mu_logprob.tolist() == [-1.0, -2.0, -2.0]
+    assert batch.topk_ids is not None and batch.topk_ids.tolist() == [[0, 1]] * 3
+    assert batch.mu_topk_logprob is not None
+    assert batch.mu_topk_logprob.tolist() == [[-5.0, -5.0, -1.0], [-5.0, -5.0, -2.0], [-5.0, -5.0, -2.0]]
+    assert batch.weight.tolist() == [0.5, 0.5, 1.0] and batch.count == 2  # the mean of each sequence's tokens
+
+
+def test_loss_weights() -> None:
+    assert LossWeights("tokens").weigh(5) == (1.0, 5)
+    assert LossWeights("sequences").weigh(4) == (0.25, 1)
+    assert LossWeights("constant", 100).weigh(5) == (1.0, 100)
+    assert LossWeights("sequences").weigh(0) == (1.0, 1)
+    with pytest.raises(ValueError, match="loss.constant: got 0"):
+        LossWeights("constant", 0)
+
+
+def test_a_micro_batch_of_padding_only() -> None:
+    batch = build_micro_batch([], num_topk=2, weights=LossWeights(), length_multiple=2)
+    assert batch.input_ids.shape == (1, 2) and batch.num_tokens == 0 and batch.count == 0
+    assert batch.topk_ids is not None and batch.topk_ids.shape == (0, 2)
+
+
+def test_too_few_topk_entries_are_refused() -> None:
+    with pytest.raises(ValueError, match="sample s: got 1 top-K entries, expected 2"):
+        build_micro_batch([sample([1], [2], [True], 0.0, topk=1)], num_topk=2, weights=LossWeights())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    group_size=st.integers(1, 6),
+    minibatches=st.integers(1, 4),
+    replicas=st.integers(1, 5),
+    seed=st.integers(0, 10),
+)
+def test_a_plan_uses_every_sample_once_within_budget(
+    lengths: list[int], group_size: int, minibatches: int, replicas: int, seed: int
+) -> None:
+    groups = np.arange(len(lengths)) // group_size
+    minibatches = min(minibatches, int(groups.max()) + 1)
+    plan = plan_step(
+        np.array(lengths), groups, minibatches=minibatches, replicas=replicas, micro_batch_tokens=64, seed=seed
+    )
+    assert len(plan) == minibatches
+    used = [i for minibatch in plan for replica in minibatch for micro in replica for i in micro]
+    assert sorted(used) == list(range(len(lengths)))
+    for minibatch in plan:
+        assert len(minibatch) == replicas and len({len(replica) for replica in minibatch}) == 1
+        inside = {groups[i] for replica in minibatch for micro in replica for i in micro}
+        assert all(groups[i] not in inside for other in plan if other is not minibatch
+                   for replica in other for micro in replica for i in micro)  # fmt: skip
+        for replica in minibatch:
+            for micro in replica:
+                assert len(micro) * max((lengths[i] for i in micro), default=0) <= 64
+
+
+def test_replicas_get_even_shares() -> None:
+    lengths = np.array([40, 30, 20, 10, 10, 10])
+    ((first, second),) = plan_step(lengths, np.zeros(6), minibatches=1, replicas=2, micro_batch_tokens=40, seed=0)
+    loads = [sum(lengths[i] for micro in share for i in micro) for share in (first, second)]
+    assert loads == [60, 60]
+
+
+def test_impossible_plans_are_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_tokens: got 8, expected at least the longest sample's 9"):
+        plan_step(np.array([9]), np.array([0]), minibatches=1, replicas=1, micro_batch_tokens=8, seed=0)
+    with pytest.raises(ValueError, match="minibatches: got 2, expected at most the 1 groups"):
+        plan_step(np.array([4, 4]), np.array([0, 0]), minibatches=2, replicas=1, micro_batch_tokens=8, seed=0)

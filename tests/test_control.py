@@ -1,0 +1,27 @@
+"""Messages over the store: what is posted arrives, what is not there in time is an error that names it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from megatron_dppo.control import Control, ControlTimeout, batch_key, weights_key
+
+
+def test_a_message_arrives_whoever_comes_first() -> None:
+    server = Control.serve()
+    client = Control.connect(server.address)
+    client.post(batch_key(3), {"files": ["a"], "stop": None, "wort": "größe"})
+    assert server.wait(batch_key(3), 1.0) == {"files": ["a"], "stop": None, "wort": "größe"}
+    threading.Timer(0.2, lambda: server.post(weights_key(1), {"version": 1})).start()
+    assert client.wait(weights_key(1), 10.0) == {"version": 1}
+
+
+def test_waiting_ends_at_the_deadline() -> None:
+    server = Control.serve()
+    before = time.monotonic()
+    with pytest.raises(ControlTimeout, match="waited 0 s for 'batch/7', got nothing"):
+        server.wait(batch_key(7), 0.3)
+    assert time.monotonic() - before < 5
