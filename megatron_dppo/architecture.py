@@ -123,6 +123,8 @@ def _unsupported_features(hf: dict[str, Any]) -> list[str]:
         faults.append("use_sliding_window: got true, expected false")
     if hf.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act: got {hf['hidden_act']!r}, expected 'silu'")
+    if hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob"):
+        faults.append("norm_topk_prob: got true, expected false with one expert per token (its weight would be 1)")
     rope = _rope_parameters(hf)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":

@@ -19,7 +19,7 @@ CONTROL_VARIABLE = "MEGATRON_DPPO_CONTROL"  # host:port of the store
 SHARED_VARIABLE = "MEGATRON_DPPO_SHARED"  # a directory in shared memory, the job's own
 ENGINE_URLS_VARIABLE = "MEGATRON_DPPO_ENGINE_URLS"  # comma-separated; the client's
 
-ENGINES_KEY = "engines"  # client to launcher: what the engines say about themselves
+READY_KEY = "ready"  # client to launcher: what the engines say about themselves, and which prompts were taken
 CONNECT_TIMEOUT_S = 60.0
 
 
@@ -60,6 +60,10 @@ class Control:
     def post(self, key: str, message: Mapping[str, Any]) -> None:
         """Leaves `message` (anything JSON can say) for everybody who waits for `key`."""
         self._store.set(key, json.dumps(message))
+
+    def peek(self, key: str) -> dict[str, Any] | None:
+        """The message posted under `key`, or None if there is none yet."""
+        return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def wait(self, key: str, timeout_s: float) -> dict[str, Any]:
         """The message posted under `key`; raises ControlTimeout after `timeout_s` seconds."""

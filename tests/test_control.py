@@ -13,8 +13,11 @@ from megatron_dppo.control import Control, ControlTimeout, batch_key, weights_ke
 def test_a_message_arrives_whoever_comes_first() -> None:
     server = Control.serve()
     client = Control.connect(server.address)
+    assert client.peek(batch_key(3)) is None
     client.post(batch_key(3), {"files": ["a"], "stop": None, "wort": "größe"})
-    assert server.wait(batch_key(3), 1.0) == {"files": ["a"], "stop": None, "wort": "größe"}
+    assert (
+        server.peek(batch_key(3)) == server.wait(batch_key(3), 1.0) == {"files": ["a"], "stop": None, "wort": "größe"}
+    )
     threading.Timer(0.2, lambda: server.post(weights_key(1), {"version": 1})).start()
     assert client.wait(weights_key(1), 10.0) == {"version": 1}
 

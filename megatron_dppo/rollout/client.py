@@ -23,14 +23,14 @@ from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
     ENGINE_URLS_VARIABLE,
-    ENGINES_KEY,
+    READY_KEY,
     SHARED_VARIABLE,
     Control,
     batch_key,
     weights_key,
 )
 from megatron_dppo.data.packing import Plan, plan_step
-from megatron_dppo.data.prompts import Prompt, batch_indices, load_prompts
+from megatron_dppo.data.prompts import Prompt, PromptSet, batch_indices, load_prompts
 from megatron_dppo.data.rewards import Reward, make_reward
 from megatron_dppo.rollout.engine import Manifest, RolloutEngine, Sampling
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
@@ -228,13 +228,11 @@ async def main(config: Config) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data, rollout = config.data, config.rollout
 
-    def prompts(path: Path, limit: int | None) -> tuple[Prompt, ...]:
-        taken = load_prompts(
+    def prompts(path: Path, limit: int | None) -> PromptSet:
+        return load_prompts(
             path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
             answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
         )  # fmt: skip
-        print(f"{path}: {taken.describe()}", flush=True)
-        return taken.prompts
 
     urls = os.environ[ENGINE_URLS_VARIABLE].split(",")
     engines = [
@@ -249,16 +247,22 @@ async def main(config: Config) -> None:
     try:
         control = Control.connect(os.environ[CONTROL_VARIABLE])
         capabilities = [asdict(await engine.capabilities()) for engine in engines]
-        control.post(ENGINES_KEY, {"engines": capabilities})
         print("\n".join(map(str, capabilities)), flush=True)
+        train = prompts(data.train, None)
+        held_out = prompts(data.eval, config.evaluation.prompts) if data.eval else None
+        taken = {str(data.train): train, str(data.eval): held_out}
+        control.post(
+            READY_KEY,
+            {"engines": capabilities, "prompts": {path: p.describe() for path, p in taken.items() if p is not None}},
+        )
         client = Client(
             config=config,
             control=control,
             engines=engines,
             shared=Path(os.environ[SHARED_VARIABLE]),
             tokenizer=tokenizer,
-            train=prompts(data.train, None),
-            held_out=prompts(data.eval, config.evaluation.prompts) if data.eval else (),
+            train=train.prompts,
+            held_out=held_out.prompts if held_out else (),
             reward=make_reward(config.reward),
         )
         await client.run()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dppo.data.addition import sample_problems, write_problems
+from megatron_dppo.launch import CACHE_DIR
+from megatron_dppo.processes import free_port, start, stop_on_exit
+from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
 from tools.make_quickstart_input import write_initial_model
 
 DEADLINE_S = 240.0
@@ -121,7 +124,7 @@ def test_a_whole_run_and_what_it_leaves(recipe: Path) -> None:
     assert summary["objective"] == "dppo_binary_tv" and summary["engine_version"] and summary["seconds"] > 0
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir()) and (run / "resolved.yaml").is_file()
-    assert "50 prompts taken, 3 refused" in (run / "logs" / "client.log").read_text()
+    assert "50 prompts taken, 3 refused: 1 cannot be tokenised (lines 51); 1 empty prompt (lines 52)" in output
     assert "held-out accuracy" in output and "mask A<0" in output
 
     trained, initial = (load_file(path / "model.safetensors") for path in (run / "model", recipe.parent / "model"))
@@ -169,3 +172,38 @@ def test_a_process_that_dies_ends_the_job(recipe: Path, victim: str, message: st
     assert re.search(message, output), output
     assert_gone(family)
     assert shared_directories() == before
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server that runs already, and the model it was started with."""
+    model = tmp_path_factory.mktemp("served") / "model"
+    write_initial_model(model, seed=1)
+    port = free_port()
+    argv = server_command(model, port=port, cpu=True, dtype="float32", max_logprobs=5, max_model_len=22)
+    with stop_on_exit() as children:
+        env = server_env(cpu=True, cache_root=CACHE_DIR / "vllm")
+        children.append(start("engine", argv, env=env, log_path=model.parent / "engine.log"))
+        wait_ready(f"http://127.0.0.1:{port}", children[0], DEADLINE_S)
+        yield f"http://127.0.0.1:{port}", model
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.name=dppo_topk_kl", "objective.top_k=4", "rollout.log_topk=0"],
+        ["objective.name=minirl_tis", "parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2"],
+        ["objective.name=dppo_topk_tv_decoupled", "objective.top_k=4", "rollout.log_topk=0", "parallel.tensor=1"],
+    ],
+    ids=["topk_kl-tp2_ep2", "minirl_tis-pp2", "topk_tv_decoupled-dp2_ep2"],
+)
+def test_runs_one_after_another_on_a_server_of_ones_own(
+    recipe: Path, server: tuple[str, Path], overrides: list[str]
+) -> None:
+    """The server has the last run's weights: each run first gives it its own."""
+    url, _ = server
+    job = command(recipe, f"rollout.urls=[{url}]", "rollout.temperature=1.3", *overrides)
+    output, _ = job.communicate(timeout=DEADLINE_S)
+    assert job.returncode == 0, output
+    records = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(record["mismatch"] < 1e-5 for record in records[:2])
