@@ -19,6 +19,7 @@ CONTROL_VARIABLE = "MEGATRON_DPPO_CONTROL"  # host:port of the store
 SHARED_VARIABLE = "MEGATRON_DPPO_SHARED"  # a directory in shared memory, the job's own
 ENGINE_URLS_VARIABLE = "MEGATRON_DPPO_ENGINE_URLS"  # comma-separated; the client's
 
+BACKEND_KEY = "backend"  # trainer to launcher: what it computes with, in words
 READY_KEY = "ready"  # client to launcher: what the engines say about themselves, and which prompts were taken
 CONNECT_TIMEOUT_S = 60.0
 

@@ -21,7 +21,14 @@ from typing import Any
 from rich.console import Console
 
 from megatron_dppo.config import Config, num_recorded_topk, save_config
-from megatron_dppo.control import CONTROL_VARIABLE, ENGINE_URLS_VARIABLE, READY_KEY, SHARED_VARIABLE, Control
+from megatron_dppo.control import (
+    BACKEND_KEY,
+    CONTROL_VARIABLE,
+    ENGINE_URLS_VARIABLE,
+    READY_KEY,
+    SHARED_VARIABLE,
+    Control,
+)
 from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
 from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
@@ -71,14 +78,14 @@ def _run(config: Config) -> int:
         )
         children.append(client)
         progress = Progress(run_dir / "metrics.jsonl", console)
-        greeted = False
+        unsaid = [BACKEND_KEY, READY_KEY]
 
         def watch() -> None:
-            nonlocal greeted
-            if not greeted and (ready := control.peek(READY_KEY)) is not None:
-                greeted = True
-                for path, prompts in ready["prompts"].items():
-                    console.print(f"{path}: {prompts}", highlight=False, soft_wrap=True)
+            for key in list(unsaid):
+                if (message := control.peek(key)) is not None:
+                    unsaid.remove(key)
+                    for line in _introduction(message):
+                        console.print(line, highlight=False, soft_wrap=True)
             progress()
 
         supervise(children, until=[client, *ranks], watch=watch)
@@ -86,6 +93,13 @@ def _run(config: Config) -> int:
         engines = control.wait(READY_KEY, timeout_s=1.0)["engines"]
     _finish(config, engines, time.time() - started, console)
     return 0
+
+
+def _introduction(message: Mapping[str, Any]) -> list[str]:
+    """What trainer and client say of themselves, in lines for the terminal."""
+    if "text" in message:
+        return [f"trainer: {message['text']}"]
+    return [f"{path}: {prompts}" for path, prompts in message["prompts"].items()]
 
 
 def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:

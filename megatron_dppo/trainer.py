@@ -24,12 +24,14 @@ from megatron_dppo.algorithm.objectives import (
     coefficient,
     metrics,
 )
+from megatron_dppo.backend.device import communication_backend
+from megatron_dppo.backend.layers import transformer_engine_installed
 from megatron_dppo.backend.model import Model, load_model
-from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
+from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of
-from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
+from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
 from megatron_dppo.metrics import MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
@@ -225,10 +227,15 @@ def main(config: Config) -> None:
         clip_grad=training.clip_grad,
     )
     optimizer = Optimizer(model.chunk, settings, dtype=dtype, distributed=split.distributed_optimizer)
+    control = Control.connect(os.environ[CONTROL_VARIABLE])
+    if rank.rank == 0:
+        layers = "Transformer Engine" if transformer_engine_installed() else "torch"
+        text = f"{model.device.type} over {communication_backend()}, layers of {layers}, Adam of {adam_package()}"
+        control.post(BACKEND_KEY, {"text": text})
     shared = Path(os.environ[SHARED_VARIABLE])
     trainer = Trainer(
         config=config,
-        control=Control.connect(os.environ[CONTROL_VARIABLE]),
+        control=control,
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
         objective=objective_of(config),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -98,6 +99,11 @@ class Optimizer:
         names = [name for name, value in {**watch, **gradients}.items() if not bool(torch.isfinite(value).all())]
         where = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise NonFinite(f"got inf or NaN in {where or 'a tensor of another rank (see its log)'}")
+
+
+def adam_package() -> str:
+    """Where Megatron found its Adam: `transformer_engine`, `apex` or, without either, `torch`."""
+    return megatron_optimizer.Adam.__module__.partition(".")[0]
 
 
 def _schedule(optimizer: Any, settings: AdamSettings) -> OptimizerParamScheduler:

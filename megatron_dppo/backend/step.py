@@ -66,7 +66,8 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
         zero = torch.zeros((), device=model.device)
         return zero, zero.int(), stats
 
-    return _run(model, micro_batches, measure, forward_only=True)
+    with torch.no_grad():  # Megatron's forward_only alone would keep every activation
+        return _run(model, micro_batches, measure, forward_only=True)
 
 
 def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable, *, forward_only: bool) -> list:

@@ -26,8 +26,8 @@ from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.sync import SharedImage
 
 
-def fp32_model(rank: Rank, path: Path, temperature: float = 1.0) -> Model:
-    return load_model(path, rank, torch.float32, sequence_parallel=rank.parallel.tensor > 1, temperature=temperature)
+def model_of(rank: Rank, path: Path, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> Model:
+    return load_model(path, rank, dtype, sequence_parallel=rank.parallel.tensor > 1, temperature=temperature)
 
 
 def numpy(tensor: Tensor | None) -> Any:
@@ -36,7 +36,7 @@ def numpy(tensor: Tensor | None) -> Any:
 
 def policy_stats(rank: Rank, path: Path, batches: list[MicroBatch], temperature: float) -> list[dict[str, np.ndarray]]:
     """Statistics of every counted token, as each rank of the last stage has them."""
-    model = fp32_model(rank, path, temperature)
+    model = model_of(rank, path, temperature)
     return [
         {"logprob": numpy(s.logprob), "entropy": numpy(s.entropy), "topk_logprob": numpy(s.topk_logprob)}
         for s in stats_pass(model, batches)
@@ -49,7 +49,7 @@ def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) ->
     `batches[replica]` are a replica's micro-batches; the coefficient of each token is its `advantage`, that of its
     entropy 0.1.
     """
-    model = fp32_model(rank, path)
+    model = model_of(rank, path)
     optimizer = Optimizer(model.chunk, AdamSettings(lr=1e-3), dtype=torch.float32, distributed=False)
     model = replace(model, chunk=optimizer.model)
     optimizer.zero()
@@ -72,9 +72,10 @@ def rl_steps(
     samples = load_batch(batch)
     training = config.training
     optimizer_settings = AdamSettings(lr=training.lr, eps=training.eps)
-    model = fp32_model(rank, path)
+    dtype = getattr(torch, config.model.dtype)
+    model = model_of(rank, path, dtype=dtype)
     optimizer = Optimizer(
-        model.chunk, optimizer_settings, dtype=torch.float32, distributed=config.parallel.distributed_optimizer
+        model.chunk, optimizer_settings, dtype=dtype, distributed=config.parallel.distributed_optimizer
     )
     trainer = Trainer(
         config=config,
@@ -82,7 +83,7 @@ def rl_steps(
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
         objective=objective_of(config),
-        image=SharedImage(shared / "weights", hub_shapes(model.arch), torch.float32),
+        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
     )
     plan = plan_step(
         np.array([sample.trajectory.num_tokens for sample in samples]),
@@ -107,14 +108,14 @@ def rl_steps(
     results = [trainer._train_step(step, minibatches) for step in range(2)]
     trainer.image.write(trainer.model.parameters, trainer.model.pieces)
     manifest = trainer.image.manifest(version=1)
-    crc32 = [zlib.crc32(tensor.numpy().tobytes()) for tensor in trainer.image.tensors.values()]
-    assert list(manifest.crc32 or ()) == crc32
-    return {name: numpy(tensor) for name, tensor in trainer.image.tensors.items()}, results
+    tensors = trainer.image.tensors
+    assert list(manifest.crc32 or ()) == [zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for t in tensors.values()]
+    return {name: numpy(tensor.float()) for name, tensor in tensors.items()}, results
 
 
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:
     """What the optimizer says of a NaN, and whether it left the weights alone."""
-    model = fp32_model(rank, path)
+    model = model_of(rank, path)
     optimizer = Optimizer(model.chunk, AdamSettings(lr=1.0), dtype=torch.float32, distributed=True)
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
     optimizer.zero()

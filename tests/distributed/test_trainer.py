@@ -46,7 +46,7 @@ def config(parallel: Parallel, **sections: Any) -> Config:
     return Config.model_validate(
         {
             "run": {"name": "test"},
-            "model": {"path": "unused"},
+            "model": {"path": "unused", "dtype": "float32"},
             "parallel": {
                 name: getattr(parallel, name) for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks")
             },
@@ -122,6 +122,18 @@ def test_two_steps_equal_one_rank(
     # the masks did something, on both sides, or this compares nothing
     assert expected_metrics[0]["masked_share_positive"] > 0 and expected_metrics[0]["masked_share_negative"] > 0
     assert expected_metrics[0]["loss"] != expected_metrics[1]["loss"]
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2", "tp2_ep2_pp2"])
+def test_bfloat16_is_near_fp32(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    """bf16 parameters under Megatron's mixed-precision optimizer: as near to the fp32 run as bf16 allows."""
+    objective = OBJECTIVES["binary_tv"]
+    _, fp32 = on_one_rank(ranks, checkpoint, "binary_tv", checkpoint.parent)
+    settings = config(LAYOUTS[layout], **objective, model={"path": "unused", "dtype": "bfloat16"})
+    _, metrics = ranks.run(rl_steps, LAYOUTS[layout], checkpoint, settings, *samples(checkpoint), tmp_path)[0]
+    assert metrics[0]["entropy"] == pytest.approx(fp32[0]["entropy"], rel=0.05)
+    assert metrics[0]["mean_abs_pi_minus_mu"] == pytest.approx(fp32[0]["mean_abs_pi_minus_mu"], rel=0.1)
+    assert metrics[0]["grad_norm"] == pytest.approx(fp32[0]["grad_norm"], rel=0.2)
 
 
 def test_the_mismatch_is_of_the_first_minibatch_only(ranks: RankPool, checkpoint: Path) -> None:

@@ -125,6 +125,7 @@ def test_a_whole_run_and_what_it_leaves(recipe: Path) -> None:
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir()) and (run / "resolved.yaml").is_file()
     assert "50 prompts taken, 3 refused: 1 cannot be tokenised (lines 51); 1 empty prompt (lines 52)" in output
+    assert "trainer: cpu over gloo, layers of torch, Adam of torch" in output
     assert "held-out accuracy" in output and "mask A<0" in output
 
     trained, initial = (load_file(path / "model.safetensors") for path in (run / "model", recipe.parent / "model"))
