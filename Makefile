@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart test test-unit test-dist test-engines lint types format clean
+.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ runs/quickstart/input/heldout.jsonl: | $(STAMP)
 
 quickstart: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Train the small model end to end (ARGS="training.steps=10" overrides)
 	$(BIN)/megatron-dppo train configs/quickstart.yaml $(ARGS)
+
+check-quickstart: quickstart  ## The quickstart, and that it learned
+	@$(BIN)/python -c 'import json; after = json.load(open("runs/quickstart/summary.json"))["accuracy_after"]; \
+	assert after >= 0.9, f"held-out accuracy: got {after}, expected at least 0.9"; print("learned:", after)'
 
 test: test-unit test-dist test-engines  ## Every test
 

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-VLLM_RANGE = ((0, 25), (0, 34))  # versions tested: from, below
+VLLM_RANGE = ((0, 30), (0, 34))  # from, below: the first has the token route `--enable-scale-out`
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -97,7 +97,7 @@ def what_is_possible(versions: dict[str, str | None], num_gpus: int) -> list[str
     if versions["vLLM"]:
         lines.append(f"rollouts by a vLLM {versions['vLLM']} server that a run starts itself")
     else:
-        lines.append("rollouts by vLLM servers that run elsewhere (rollout.urls)")
+        lines.append("rollouts by a vLLM server of your own on this machine (rollout.urls)")
     if versions["torch"] and versions["megatron-core"] and versions["vLLM"] and versions["transformers"]:
         lines.append("the quickstart: make quickstart")
     return lines
@@ -114,7 +114,7 @@ def what_is_missing(versions: dict[str, str | None], num_gpus: int) -> list[str]
         lines.append(f"vLLM is not installed, so no run can start an engine of its own: {_vllm_hint(num_gpus > 0)}")
     elif not VLLM_RANGE[0] <= _major_minor(vllm) < VLLM_RANGE[1]:
         low, high = (".".join(map(str, v)) for v in VLLM_RANGE)
-        lines.append(f"vLLM {vllm} is outside the tested range, >= {low} and < {high}")
+        lines.append(f"vLLM {vllm} is outside the supported range, >= {low} and < {high}")
     if num_gpus and versions["Transformer Engine"] is None:
         lines.append(f"Transformer Engine is not installed, training is slower: {_te_hint(True)}")
     broken = [name for name in NO_CPU_BUILD if versions.get(name)]

@@ -41,7 +41,7 @@ def train(
     from megatron_dppo.launch import launch
 
     try:
-        code = launch(resolved)
+        launch(resolved)
     except KeyboardInterrupt:
         typer.echo("megatron-dppo: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -52,7 +52,6 @@ def train(
     ) as error:  # what this package raises for users; a bug shows its traceback
         typer.echo(f"megatron-dppo: run {resolved.run.name!r} failed: {error}", err=True)
         raise typer.Exit(FAILED) from None
-    raise typer.Exit(code)
 
 
 @app.command()

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.weights.layout import Parallel
 
 if TYPE_CHECKING:
     from megatron_dppo.algorithm.objectives import Objective
@@ -72,6 +73,11 @@ class ParallelConfig(Section):
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
     distributed_optimizer: bool = True
+
+    @property
+    def layout(self) -> Parallel:
+        """The same degrees for `weights.layout`; raises ValueError where they do not fit the ranks."""
+        return Parallel(self.tensor, self.expert, self.expert_tensor, self.pipeline, self.ranks)
 
     @property
     def data(self) -> int:
@@ -129,7 +135,7 @@ class RolloutConfig(Section):
     request_timeout_s: float = Field(600.0, gt=0)
     max_retries: int = Field(3, ge=0)  # of one request
     start_timeout_s: float = Field(300.0, gt=0)
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: int = Field(1, ge=1)  # of an engine on the CPU
     log_topk: int = Field(0, ge=0, le=MAX_TOP_K)  # most probable tokens recorded for metrics alone
 
 
@@ -174,7 +180,9 @@ class TrainingConfig(Section):
 
     steps: int = Field(gt=0)  # batches of rollouts
     minibatches: int = Field(4, gt=0)  # gradient steps on each batch
-    micro_batch_tokens: int = Field(gt=0)  # budget of one padded micro-batch: rows x longest row
+    micro_batch_tokens: int = Field(
+        gt=0
+    )  # budget of one padded micro-batch: rows x longest row, before its length is rounded up to TP
     lr: float = Field(gt=0)
     min_lr_ratio: float = Field(1.0, ge=0, le=1)  # last learning rate over `lr`
     warmup_steps: int = Field(0, ge=0)
@@ -185,7 +193,7 @@ class TrainingConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, gt=0)
-    rollout_timeout_s: float = Field(3600.0, gt=0)  # how long the trainer waits for one batch of rollouts
+    rollout_timeout_s: float = Field(3600.0, gt=0)  # how long trainer and client wait for each other in one step
 
 
 class EvaluationConfig(Section):

@@ -128,6 +128,14 @@ def _ranks(parallel: ParallelConfig) -> Iterator[str]:
         yield "parallel.sequence_parallel: got true with parallel.tensor 1, expected false or auto"
 
 
+def _gpus(parallel: ParallelConfig) -> Iterator[str]:
+    """Every rank has a GPU of its own, where there are any."""
+    import torch
+
+    if 0 < (gpus := torch.cuda.device_count()) < parallel.ranks:
+        yield f"parallel.ranks: got {parallel.ranks}, expected at most this machine's {gpus} GPUs"
+
+
 def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
     """Every degree of parallelism divides what it splits."""
     tensor, heads, kv_heads = parallel.tensor, arch.num_attention_heads, arch.num_key_value_heads
@@ -324,6 +332,7 @@ RULES = (
     _engine,
     _tokenizer,
     _ranks,
+    _gpus,
     _layout,
     _train_prompts,
     _eval_prompts,

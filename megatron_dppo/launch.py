@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_dppo.config import Config, num_recorded_topk, save_config
+from megatron_dppo.config import Config, num_recorded_topk, objective_of, save_config
 from megatron_dppo.control import (
     BACKEND_KEY,
     CONTROL_VARIABLE,
@@ -31,7 +31,7 @@ from megatron_dppo.control import (
 )
 from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
-from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
+from megatron_dppo.rollout.vllm_server import server_command, server_env, vllm_is_for_cpu, wait_ready
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
@@ -39,24 +39,24 @@ SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
 OUTPUTS = ("resolved.yaml", "logs", "metrics.jsonl", "tensorboard", "summary.json", "learning_curve.png", "model")
 
 
-def launch(config: Config) -> int:
-    """Runs the job to its end and writes its summary; returns 0.
+def launch(config: Config) -> None:
+    """Runs the job to its end and writes its summary.
 
     Raises RuntimeError when another run writes to the same directory, ChildDied with the last lines of its log when a
     process dies, EngineUnreachable when the engine does not get ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
     with run_directory(config.run.dir):
-        return _run(config)
+        _run(config)
 
 
-def _run(config: Config) -> int:
+def _run(config: Config) -> None:
     started = time.time()
     console = Console()
     run_dir = config.run.dir
     logs = run_dir / "logs"
     resolved = run_dir / "resolved.yaml"
     save_config(config, resolved)
-    with stop_on_exit() as children, shared_directory(config.run.name) as shared:
+    with shared_directory(config.run.name) as shared, stop_on_exit() as children:  # memory goes after its writers
         control = Control.serve(HOST)
         env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
         urls = list(config.rollout.urls)
@@ -65,13 +65,13 @@ def _run(config: Config) -> int:
             urls.append(url)
             children.append(engine)
         argv = [sys.executable, "-m", "megatron_dppo.trainer", str(resolved)]
-        ranks = start_ranks(argv, config.parallel.ranks, env=env, logs=logs)
-        children += ranks
+        children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
+        ranks = children[-config.parallel.ranks :]
         console.print(
             f"{config.run.name}: {len(ranks)} ranks, engine {', '.join(urls)}; logs in {logs}", highlight=False
         )
         if not config.rollout.urls:
-            wait_ready(urls[0], children[0], config.rollout.start_timeout_s)
+            wait_ready(urls[0], children, config.rollout.start_timeout_s)
         argv = [sys.executable, "-m", "megatron_dppo.rollout.client", str(resolved)]
         client = start(
             "rollout client", argv, env={**env, ENGINE_URLS_VARIABLE: ",".join(urls)}, log_path=logs / "client.log"
@@ -92,7 +92,6 @@ def _run(config: Config) -> int:
         watch()
         engines = control.wait(READY_KEY, timeout_s=1.0)["engines"]
     _finish(config, engines, time.time() - started, console)
-    return 0
 
 
 def _introduction(message: Mapping[str, Any]) -> list[str]:
@@ -106,7 +105,7 @@ def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
     import torch
 
     gpus, ranks = torch.cuda.device_count(), config.parallel.ranks
-    cpu, separate = gpus == 0, gpus > ranks
+    cpu, separate = gpus == 0 or vllm_is_for_cpu(), gpus > ranks
     port = free_port()
     rollout = config.rollout
     argv = server_command(
@@ -119,14 +118,18 @@ def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
         max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
         max_num_seqs=rollout.max_concurrency,
     )
-    env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=max(1, int(rollout.kv_cache_gib)))
+    env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
     if separate:
-        env["CUDA_VISIBLE_DEVICES"] = str(ranks)  # the first GPU that no rank has
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ranks] if visible else str(ranks)  # the first no rank has
     return f"http://{HOST}:{port}", start("engine", argv, env=env, log_path=logs / "engine.log")
 
 
-def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs: Path) -> list[Child]:
-    """Starts `argv` once a rank, as torchrun would on one machine: RANK, WORLD_SIZE, MASTER_ADDR and so on."""
+def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs: Path) -> Iterator[Child]:
+    """Starts `argv` once a rank, as torchrun would on one machine: RANK, WORLD_SIZE, MASTER_ADDR and so on.
+
+    One after the other as the iterator is read, so that the caller knows each as soon as it runs.
+    """
     job = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": HOST,
@@ -134,15 +137,9 @@ def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs
         "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron needs it for sequence parallelism on GPUs before Blackwell
     }
-    return [
-        start(
-            f"rank {rank}",
-            argv,
-            env={**env, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log_path=logs / f"rank{rank}.log",
-        )
-        for rank in range(ranks)
-    ]
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        yield start(f"rank {rank}", argv, env={**env, **job, **place}, log_path=logs / f"rank{rank}.log")
 
 
 @contextlib.contextmanager
@@ -177,6 +174,12 @@ def run_directory(path: Path) -> Iterator[None]:
         yield
 
 
+def _step_seconds(trained: list[dict[str, Any]]) -> float:
+    """Mean seconds of a step, evaluation left out; the first, which waits for the engine's start, only if alone."""
+    steps = trained[1:] or trained
+    return sum(step["seconds/total"] - step.get("seconds/evaluate", 0.0) for step in steps) / len(steps)
+
+
 def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, console: Console) -> None:
     """Summary and learning curve from the run's metrics."""
     run_dir = config.run.dir
@@ -197,8 +200,9 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
         "accuracy_after_sampled": accuracy(-1, "sampled"),
         "steps": len(trained),
         "seconds": round(seconds, 1),
-        "step_seconds": round(mean("seconds/total"), 3),
+        "step_seconds": round(_step_seconds(trained), 3),
         "objective": config.objective.name,
+        "objective_settings": str(objective_of(config)),
         "tp": config.parallel.tensor,
         "ep": config.parallel.expert,
         "engine": config.rollout.engine,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 REWARD = "reward"
 ACCURACY = "accuracy"
 MEAN_ABS_PI_MINUS_MU = "mean_abs_pi_minus_mu"
+MISMATCH = "mismatch"
 ENTROPY = "entropy"
 MASKED_POSITIVE = "masked_share_positive"  # of the tokens with A > 0
 MASKED_NEGATIVE = "masked_share_negative"  # of the tokens with A < 0
@@ -54,9 +55,9 @@ ROWS_PER_HEADER = 20
 
 
 class MetricsWriter:
-    """Writes each step's metrics to `<directory>/metrics.jsonl` and to TensorBoard.
+    """Writes each step's metrics to `<directory>/metrics.jsonl` (appended) and to TensorBoard.
 
-    The file is appended to, so that a resumed run continues it. Use as a context manager, or call `close`.
+    Use as a context manager, or call `close`.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
@@ -184,7 +185,7 @@ def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:
         {EVAL_GREEDY: "held-out accuracy, greedy", EVAL_SAMPLED: "held-out, sampled"},
         marker="o",
     )
-    _draw(mismatch, records, {MEAN_ABS_PI_MINUS_MU: "training"})
+    _draw(mismatch, records, {MEAN_ABS_PI_MINUS_MU: "with the step's updates", MISMATCH: "same weights"})
     _draw(entropy, records, {ENTROPY: "training"})
     _draw(masked, records, {MASKED_POSITIVE: "A > 0", MASKED_NEGATIVE: "A < 0"})
     _label(accuracy, "Reward and held-out accuracy", "share of right answers")

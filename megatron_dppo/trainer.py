@@ -35,7 +35,6 @@ from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
 from megatron_dppo.metrics import MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
-from megatron_dppo.weights.layout import Parallel
 from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.sync import SharedImage, save_checkpoint
 
@@ -57,31 +56,37 @@ class Trainer:
         self._publish(version=0)
         while True:
             started = time.perf_counter()
-            message = self.control.wait(batch_key(step), self.config.training.rollout_timeout_s)
+            message = self.control.wait(batch_key(step), self._patience_s(step))
             waited = time.perf_counter() - started
             if message["stop"] is not None:
                 _write(writer, step, message, {}, {"wait": waited})
                 return
             minibatches = self._load(message)
             trained = self._train_step(step, minibatches)
-            train_seconds = time.perf_counter() - started - waited
+            trained_at = time.perf_counter()
             self._publish(version=step + 1)
-            seconds = {"wait": waited, "train": train_seconds, "total": time.perf_counter() - started}
-            _write(writer, step, message, trained, seconds)
+            ended = time.perf_counter()
+            seconds = {"wait": waited, "train": trained_at - started - waited, "publish": ended - trained_at}
+            _write(writer, step, message, trained, seconds | {"total": ended - started})
             step += 1
+
+    def _patience_s(self, step: int) -> float:
+        """How long to wait for the samples of `step`; the first ones come only after the engine has started."""
+        start = self.config.rollout.start_timeout_s if step == 0 else 0.0
+        return start + self.config.training.rollout_timeout_s
 
     def _load(self, message: dict[str, Any]) -> list[list[MicroBatch]]:
         """This replica's samples as minibatches of micro-batches."""
         replica = self.model.rank.at.data
         samples = iter(load_batch(Path(message["files"][replica])))
-        loss = self.config.loss
+        loss, num_topk = self.config.loss, num_recorded_topk(self.config)
         weights = LossWeights(loss.normaliser, loss.constant or 1)
         multiple = self.config.parallel.tensor
         return [
             [
                 build_micro_batch(
                     [next(samples) for _ in range(size)],
-                    num_topk=num_recorded_topk(self.config),
+                    num_topk=num_topk,
                     weights=weights,
                     length_multiple=multiple,
                 )
@@ -206,8 +211,7 @@ def main(config: Config) -> None:
     """One rank, from joining the job to leaving it."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     split = config.parallel
-    parallel = Parallel(split.tensor, split.expert, split.expert_tensor, split.pipeline, split.ranks)
-    rank = initialise_parallel(parallel, config.run.seed, config.training.rollout_timeout_s)
+    rank = initialise_parallel(split.layout, config.run.seed, config.training.rollout_timeout_s)
     dtype = getattr(torch, config.model.dtype)
     model = load_model(
         config.model.path, rank, dtype,

@@ -54,7 +54,9 @@ def test_without_engine_and_megatron_it_says_what_to_install() -> None:
         "megatron-core is not installed, and training needs it: pip install megatron-core",
         "vLLM is not installed, so no run can start an engine of its own: make .venv (requirements/cpu.txt)",
     ]
-    assert what_is_possible(versions, num_gpus=0) == ["rollouts by vLLM servers that run elsewhere (rollout.urls)"]
+    assert what_is_possible(versions, num_gpus=0) == [
+        "rollouts by a vLLM server of your own on this machine (rollout.urls)"
+    ]
 
 
 def test_packages_that_break_a_cpu_build_are_pointed_out() -> None:
@@ -64,9 +66,9 @@ def test_packages_that_break_a_cpu_build_are_pointed_out() -> None:
 
 
 def test_an_untested_vllm_is_pointed_out() -> None:
-    assert what_is_missing(EVERYTHING | {"vLLM": "0.25.0"}, num_gpus=1) == []
+    assert what_is_missing(EVERYTHING | {"vLLM": "0.30.0"}, num_gpus=1) == []
     (line,) = what_is_missing(EVERYTHING | {"vLLM": "0.34.1"}, num_gpus=1)
-    assert line == "vLLM 0.34.1 is outside the tested range, >= 0.25 and < 0.34"
+    assert line == "vLLM 0.34.1 is outside the supported range, >= 0.30 and < 0.34"
 
 
 def test_the_unrelated_apex_is_not_taken_for_nvidias(tmp_path: Path) -> None:

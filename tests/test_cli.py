@@ -60,11 +60,6 @@ def test_a_failed_run_is_one_message_and_an_exit_code(
     assert (result.exit_code, result.stderr) == (code, message)
 
 
-def test_the_launchers_exit_code_is_the_commands(launch: Callable[..., None]) -> None:
-    launch(lambda config: 130)
-    assert CliRunner().invoke(app, ["train", RECIPE]).exit_code == 130
-
-
 def test_config_faults_exit_2_and_start_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "megatron_dppo.launch", None)  # importing it would raise
     monkeypatch.chdir(tmp_path)

@@ -142,10 +142,10 @@ def make_input(out: Path, seed: int) -> None:
     write_problems(beside / "heldout.jsonl", sample_problems(rng, NUM_HELD_OUT, held_out=True))
     write_initial_model(beside / "model", seed)
     print(f"warm start: {ITERATIONS} iterations of supervised training on {PARALLEL.ranks} ranks", flush=True)
-    with stop_on_exit() as children, shared_directory("warm-start") as shared:
+    with shared_directory("warm-start") as shared, stop_on_exit() as children:
         argv = [sys.executable, __file__, str(beside), "--seed", str(seed), "--rank"]
         env = {**os.environ, SHARED_VARIABLE: str(shared)}
-        children += start_ranks(argv, PARALLEL.ranks, env=env, logs=beside / "logs")
+        children.extend(start_ranks(argv, PARALLEL.ranks, env=env, logs=beside / "logs"))
         supervise(children, until=children)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)

@@ -53,6 +53,17 @@ def select_device() -> torch.device:
     return device
 
 
+def mend_router_without_transformer_engine() -> None:
+    """Binds a name that megatron-core 0.16 imports from Transformer Engine in a try block and uses unconditionally.
+
+    Needed on every machine that lacks Transformer Engine, with or without a GPU.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def install_stand_in() -> None:
     """Replaces what Megatron calls of `torch.cuda` by its CPU meaning. Nothing with a GPU, or when done before."""
     if has_gpu() or getattr(torch.cuda, "_megatron_dppo_stand_in", False):
@@ -140,14 +151,11 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mend_megatron() -> None:
-    """Places of megatron-core 0.16 that take a GPU or Transformer Engine for granted, or took a call's name early."""
+    """Places of megatron-core 0.16 that take a GPU for granted, or took a call's name early."""
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     megatron_random._lazy_call = torch.cuda._lazy_call
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # imported in a try block, used unconditionally
 
     def as_numpy_or_same(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # The original converts only tensors that are on a GPU, its callers need numpy split sizes.

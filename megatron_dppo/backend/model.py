@@ -107,7 +107,7 @@ def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_par
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(arch.rope_theta),
+        rotary_base=arch.rope_theta,
     )
     if rank.is_last_stage:
         # Not a subclass of GPTModel: its post-processing changes its signature between Megatron's versions.

@@ -30,6 +30,9 @@ class AdamSettings:
     clip_grad: float = 1.0
 
 
+MAX_NAMES = 8  # in the message of NonFinite
+
+
 class NonFinite(RuntimeError):
     """A loss or a gradient is inf or NaN; the message names them."""
 
@@ -80,8 +83,8 @@ class Optimizer:
         """Clips and applies the gradients; returns their norm before clipping.
 
         `watch`: named scalars of this rank (its losses) that must be finite too. Raises NonFinite, before any weight
-        moved, naming what is inf or NaN on this rank. Collectives: one scalar all-reduce, and Megatron's (the norm; the
-        gather of parameters with the distributed optimizer).
+        moved, naming what is inf or NaN and on which rank. Collectives: one scalar all-reduce, and Megatron's (the
+        norm; the gather of parameters with the distributed optimizer).
         """
         self._refuse_non_finite(watch)
         _, norm, _ = self._optimizer.step()
@@ -96,9 +99,13 @@ class Optimizer:
         if bool(finite):
             return
         gradients = {f"the gradient of {name}": p.main_grad for name, p in self.model.module.named_parameters()}
-        names = [name for name, value in {**watch, **gradients}.items() if not bool(torch.isfinite(value).all())]
-        where = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise NonFinite(f"got inf or NaN in {where or 'a tensor of another rank (see its log)'}")
+        mine = [name for name, value in {**watch, **gradients}.items() if not bool(torch.isfinite(value).all())]
+        # Every rank says the same, so that it does not matter which of them is heard first.
+        of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(of_ranks, mine)
+        names = [f"{name} (rank {rank})" for rank, found in enumerate(of_ranks) for name in found]
+        rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        raise NonFinite(f"got inf or NaN in {', '.join(names[:MAX_NAMES])}{rest}")
 
 
 def adam_package() -> str:

@@ -7,7 +7,7 @@ replica gets the same number of micro-batches, which the collectives of expert p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -53,7 +53,7 @@ class LossWeights:
     """How tokens are averaged: over all tokens; over sequences (each the mean of its tokens); by a constant length."""
 
     normaliser: Normaliser = "tokens"
-    constant: int = field(default=1)
+    constant: int = 1
 
     def __post_init__(self) -> None:
         if self.constant < 1:
@@ -143,7 +143,6 @@ def build_micro_batch(
     num_topk: int,
     weights: LossWeights,
     length_multiple: int = 1,
-    pad_id: int = 0,
 ) -> MicroBatch:
     """Pads `samples` to one length, a multiple of `length_multiple` (TP under sequence parallelism).
 
@@ -152,7 +151,7 @@ def build_micro_batch(
     lengths = [len(s.trajectory.prompt_ids) + len(s.trajectory.response_ids) for s in samples]
     longest = max(lengths, default=1)
     width = -(-longest // length_multiple) * length_multiple
-    input_ids = np.full((max(len(samples), 1), width), pad_id, np.int64)
+    input_ids = np.zeros((max(len(samples), 1), width), np.int64)
     parts = [_tokens_of(s, b, len(input_ids), num_topk, weights) for b, s in enumerate(samples)]
     for b, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         trajectory = sample.trajectory

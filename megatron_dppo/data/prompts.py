@@ -147,8 +147,8 @@ def prompt_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(step: int, prompts_per_step: int, num_prompts: int, seed: int) -> np.ndarray:
     """Which prompts step `step` (from 0) uses: int64 [prompts_per_step].
 
-    Steps walk through reshuffled epochs without a gap, and each is a function of its number alone, so that a
-    resumed run goes on where it stopped. A step that crosses into the next epoch may hold a prompt twice.
+    Steps walk through reshuffled epochs without a gap, and each is a function of its number alone, whatever came
+    before. A step that crosses into the next epoch may hold a prompt twice.
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts: got {num_prompts}, expected at least 1")

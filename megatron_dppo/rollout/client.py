@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dppo.algorithm.advantages import group_advantages
+from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
@@ -31,8 +32,8 @@ from megatron_dppo.control import (
 )
 from megatron_dppo.data.packing import Plan, plan_step
 from megatron_dppo.data.prompts import Prompt, PromptSet, batch_indices, load_prompts
-from megatron_dppo.data.rewards import Reward, make_reward
-from megatron_dppo.rollout.engine import Manifest, RolloutEngine, Sampling
+from megatron_dppo.data.rewards import MathAnswer, Reward, make_reward
+from megatron_dppo.rollout.engine import Capabilities, Manifest, RolloutEngine, Sampling
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
 
@@ -83,8 +84,7 @@ class Client:
     async def _update(self, engine: RolloutEngine, version: int, manifest: Manifest) -> None:
         await engine.pause("wait")
         await engine.begin_update(version, manifest)
-        await engine.commit()
-        await engine.health()  # asks the engine for its version
+        await engine.commit()  # asks the engine for its version, too
 
     async def _evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out accuracy where it is due: before, after, and every so many steps."""
@@ -221,6 +221,23 @@ class _timed:
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.start
 
 
+def check_engine(url: str, found: Capabilities, config: Config) -> None:
+    """Raises ValueError naming everything in which a running engine is not what the config asks for."""
+    rollout, arch = config.rollout, load_architecture(config.model.path)
+    faults = []
+    if found.vocab_size != arch.vocab_size:
+        faults.append(f"a vocabulary of {found.vocab_size}, expected the model's {arch.vocab_size}")
+    if found.dtype != rollout.dtype:
+        faults.append(f"dtype {found.dtype}, expected rollout.dtype {rollout.dtype}")
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if found.max_model_len < longest:
+        faults.append(f"a context of {found.max_model_len}, expected at least prompt + response = {longest}")
+    if found.max_logprobs < (needed := num_recorded_topk(config) + 1):
+        faults.append(f"at most {found.max_logprobs} log-probs, expected {needed} (--max-logprobs)")
+    if faults:
+        raise ValueError(f"engine {url}: got {'; '.join(faults)}")
+
+
 async def main(config: Config) -> None:
     """Connects to what the environment names and runs."""
     from transformers import AutoTokenizer
@@ -234,6 +251,7 @@ async def main(config: Config) -> None:
             answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
         )  # fmt: skip
 
+    reward = make_reward(config.reward)
     urls = os.environ[ENGINE_URLS_VARIABLE].split(",")
     engines = [
         VllmEngine(
@@ -246,15 +264,16 @@ async def main(config: Config) -> None:
     ]
     try:
         control = Control.connect(os.environ[CONTROL_VARIABLE])
-        capabilities = [asdict(await engine.capabilities()) for engine in engines]
-        print("\n".join(map(str, capabilities)), flush=True)
+        found = [await engine.capabilities() for engine in engines]
+        for url, capabilities in zip(urls, found, strict=True):
+            print(f"{url}: {capabilities}", flush=True)
+            check_engine(url, capabilities, config)
         train = prompts(data.train, None)
         held_out = prompts(data.eval, config.evaluation.prompts) if data.eval else None
-        taken = {str(data.train): train, str(data.eval): held_out}
-        control.post(
-            READY_KEY,
-            {"engines": capabilities, "prompts": {path: p.describe() for path, p in taken.items() if p is not None}},
-        )
+        taken = {f"training, {data.train}": train.describe()}
+        if held_out:
+            taken[f"held out, {data.eval}"] = held_out.describe()
+        control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         client = Client(
             config=config,
             control=control,
@@ -263,12 +282,14 @@ async def main(config: Config) -> None:
             tokenizer=tokenizer,
             train=train.prompts,
             held_out=held_out.prompts if held_out else (),
-            reward=make_reward(config.reward),
+            reward=reward,
         )
         await client.run()
     finally:
         for engine in engines:
             await engine.close()
+        if isinstance(reward, MathAnswer):
+            reward.close()
 
 
 if __name__ == "__main__":

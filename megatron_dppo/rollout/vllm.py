@@ -177,9 +177,10 @@ class VllmEngine:
                 f"pause: got mode {mode!r}, expected 'wait' or 'abort' (vLLM's 'keep' would sample one "
                 "response from two versions, and this client could not say where it changed)"
             )
-        if self._state not in ("ready", "paused"):
-            raise EngineError(self.url, f"pause refused: the engine is {self._state}")
-        self._state = "paused"
+        if self._state == "updating":
+            raise EngineError(self.url, "pause refused: the engine is updating")
+        if self._state == "ready":  # an unusable one stays so until a full update has succeeded
+            self._state = "paused"
         if mode == "wait":
             await self._idle.wait()
         await self._pause_server(mode)

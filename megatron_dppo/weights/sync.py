@@ -6,6 +6,7 @@ rank owns is copied straight to its place. Trainer and engines must share a mach
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -83,11 +84,15 @@ def _crc32(tensor: Tensor) -> int:
 def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:
     """Writes a Hugging Face directory: `tensors`, and everything but weights from `source` (config, tokenizer).
 
-    Written beside and renamed; an older `destination` is replaced.
+    The dtype in its config.json is the tensors'. Written beside and renamed; an older `destination` is replaced.
     """
     beside = destination.with_name(destination.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin"))
+    config = json.loads((beside / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the older name
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(dict(tensors), beside / "model.safetensors", metadata={"format": "pt"})
     if destination.exists():
         shutil.rmtree(destination)

@@ -90,7 +90,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family: list[int] = []
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_ready(url, child, READY_DEADLINE_S)
+        wait_ready(url, [child], READY_DEADLINE_S)
         family = descendants(child.pid)
         yield Served(request.param, url, child, model_dir, model)
     finally:
