@@ -1,0 +1,110 @@
+"""Copies between parameters, Hugging Face files and a shared image: both ways give the same bits; faults are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout
+from megatron_dppo.weights.local import checkpoint_files, export_pieces, load_pieces
+from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.sync import SharedImage, image_layout, save_checkpoint
+from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(tiny_config(num_layers=4, mlp_only_layers=(0,), vocab_size=61), seed=2)
+    return write_checkpoint(tmp_path_factory.mktemp("model"), model)
+
+
+def empty_parameters(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    """Parameters just large enough for their pieces."""
+    shapes: dict[str, list[int]] = {}
+    for piece in pieces:
+        ends = [index.stop for index in piece.local_index]
+        known = shapes.setdefault(piece.param, [0] * len(ends))
+        shapes[piece.param] = [max(a, b) for a, b in zip(known, ends, strict=True)]
+    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [Parallel(), Parallel(tensor=4, expert=2, ranks=4), Parallel(tensor=2, expert=2, pipeline=2, ranks=8)],
+    ids=str,
+)
+def test_all_ranks_together_write_the_checkpoint_they_read(
+    checkpoint: Path, parallel: Parallel, tmp_path: Path
+) -> None:
+    arch, files = load_architecture(checkpoint), checkpoint_files(checkpoint)
+    image = SharedImage(tmp_path / "image", hub_shapes(arch), torch.float32)
+    for rank in range(parallel.ranks):
+        pieces = list(megatron_layout(arch, parallel, rank))
+        parameters = empty_parameters(pieces)
+        load_pieces(parameters, pieces, files)
+        assert not any(p.isnan().any() for p in parameters.values())
+        export_pieces(parameters, pieces, image.tensors)
+    original = hub_tensors(checkpoint)
+    assert original.keys() == image.tensors.keys()
+    for name, tensor in original.items():
+        assert torch.equal(image.tensors[name], tensor), name
+
+    save_checkpoint(image.tensors, checkpoint, tmp_path / "saved")
+    saved = hub_tensors(tmp_path / "saved")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+
+
+def test_a_saved_checkpoint_says_its_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(checkpoint).items()}
+    save_checkpoint(tensors, checkpoint, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_image_layout_aligns_and_does_not_overlap() -> None:
+    layout = image_layout({"a": (3, 5), "b": (7,), "c": (64,)}, torch.bfloat16)
+    assert layout.tensors == (("a", "bfloat16", (3, 5), 0), ("b", "bfloat16", (7,), 64), ("c", "bfloat16", (64,), 128))
+    assert layout.nbytes == 256
+
+
+def broken(checkpoint: Path, tmp_path: Path, change: dict[str, torch.Tensor | None]) -> tuple[Architecture, Path]:
+    tensors = {k: v for k, v in (hub_tensors(checkpoint) | change).items() if v is not None}
+    (tmp_path / "broken").mkdir()
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    return load_architecture(checkpoint), tmp_path / "broken"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model.norm.weight": None},
+            "got no tensor model.norm.weight, expected it for decoder.final_layernorm.weight",
+        ),
+        ({"model.norm.weight": torch.ones(3)}, r"got model.norm.weight of shape \(3,\), expected at least \(64,\)"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(
+    checkpoint: Path, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    arch, path = broken(checkpoint, tmp_path, change)
+    pieces = list(megatron_layout(arch, Parallel(), 0))
+    with pytest.raises(ValueError, match=message):
+        load_pieces(empty_parameters(pieces), pieces, checkpoint_files(path))
+
+
+def test_a_parameter_without_weights_is_named(checkpoint: Path) -> None:
+    pieces = list(megatron_layout(load_architecture(checkpoint), Parallel(), 0))
+    parameters = empty_parameters(pieces) | {"decoder.extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match="parameters without weights: decoder.extra"):
+        load_pieces(parameters, pieces, checkpoint_files(checkpoint))
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no .safetensors files"):
+        checkpoint_files(tmp_path)
