@@ -4,8 +4,8 @@ A child is started under a *guard*, a small process (this file run as a script, 
 the leader of the child's process group and the reaper of its orphans. The guard ends the child and all its
 descendants when asked (SIGTERM), when the child itself ends in whatever way, and when our process dies, even
 by SIGKILL. So an engine server killed with -9 leaves no engine core behind, nor does torchrun its ranks,
-which live in sessions of their own. Processes are only ever addressed by their id, never by a name. Reaping
-of orphans and the watch over the parent need Linux; elsewhere the process group alone is ended.
+which live in sessions of their own. Processes are only ever addressed by their id, never by a name. Needs
+Linux (/proc, prctl).
 """
 
 from __future__ import annotations
