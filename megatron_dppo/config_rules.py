@@ -224,9 +224,9 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
 
 def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     """The engine that this job starts can compute the model."""
-    import torch
+    from megatron_dppo.rollout.vllm_server import runs_on_cpu
 
-    if rollout.urls or torch.cuda.device_count():
+    if rollout.urls or not runs_on_cpu():
         return
     if arch.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))

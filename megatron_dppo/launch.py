@@ -31,7 +31,7 @@ from megatron_dppo.control import (
 )
 from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
-from megatron_dppo.rollout.vllm_server import server_command, server_env, vllm_is_for_cpu, wait_ready
+from megatron_dppo.rollout.vllm_server import runs_on_cpu, server_command, server_env, wait_ready
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
@@ -104,8 +104,8 @@ def _introduction(message: Mapping[str, Any]) -> list[str]:
 def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
     import torch
 
-    gpus, ranks = torch.cuda.device_count(), config.parallel.ranks
-    cpu, separate = gpus == 0 or vllm_is_for_cpu(), gpus > ranks
+    cpu, ranks = runs_on_cpu(), config.parallel.ranks
+    separate = torch.cuda.device_count() > ranks
     port = free_port()
     rollout = config.rollout
     argv = server_command(

@@ -135,9 +135,14 @@ def _mark_split_weights(model: nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=axis, stride=1)
 
 
+def _unwrapped(chunk: nn.Module) -> Any:
+    """The GPTModel, without Megatron's DDP around it."""
+    return chunk.module if hasattr(chunk, "module") else chunk
+
+
 def head_weight(model: nn.Module) -> torch.Tensor:
     """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
-    inner: Any = model.module if hasattr(model, "module") else model
+    inner = _unwrapped(model)
     if inner.share_embeddings_and_output_weights:
         return inner.shared_embedding_or_output_weight()
     return inner.output_layer.weight
@@ -158,8 +163,7 @@ class Model:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by the names of the layout's pieces."""
-        inner: Any = self.chunk.module if hasattr(self.chunk, "module") else self.chunk
-        return dict(inner.named_parameters())
+        return dict(_unwrapped(self.chunk).named_parameters())
 
     def shard(self, weight: Tensor) -> VocabShard:
         """This TP rank's rows of the head."""

