@@ -73,6 +73,7 @@ class ParallelConfig(Section):
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False  # sum gradients over replicas while backward still runs
 
     @property
     def layout(self) -> Parallel:
@@ -173,6 +174,14 @@ class LossConfig(Section):
     normaliser: Literal["tokens", "sequences", "constant"] = "tokens"
     constant: int | None = Field(None, gt=0)  # of `normaliser: constant`: tokens by which each sequence is divided
     entropy_coefficient: float = 0.0
+    skip_zero_advantage: bool = False  # leave tokens without gradient out of the head, and of the metrics' means
+
+
+class HeadConfig(Section):
+    """How the policy head keeps logits: all of a micro-batch's once (store), or a chunk of tokens at a time."""
+
+    path: Literal["auto", "store", "chunk"] = "auto"  # auto: store where a micro-batch's logits fit into memory_mib
+    memory_mib: int = Field(1024, ge=1)  # of float32 logits alive on one rank
 
 
 class TrainingConfig(Section):
@@ -225,6 +234,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    head: HeadConfig = HeadConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

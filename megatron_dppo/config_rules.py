@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.weights.layout import padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron_dppo.config import (
         DataConfig,
         EvaluationConfig,
+        HeadConfig,
         LossConfig,
         ModelConfig,
         ObjectiveConfig,
@@ -292,6 +294,18 @@ def _loss(loss: LossConfig) -> Iterator[str]:
         yield "loss.constant: missing, loss.normaliser constant needs it"
     if loss.normaliser != "constant" and loss.constant is not None:
         yield f"loss.constant: got {loss.constant}, which loss.normaliser {loss.normaliser} does not use"
+    if loss.skip_zero_advantage and loss.entropy_coefficient:
+        yield "loss.skip_zero_advantage: got true, expected false: the entropy bonus has a gradient at every token"
+
+
+def _head(head: HeadConfig, parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
+    """A chunk holds at least one token's logits."""
+    rows = padded_vocab_size(arch.vocab_size, parallel.tensor) // parallel.tensor
+    if head.memory_mib << 20 < 4 * rows:
+        yield (
+            f"head.memory_mib: got {head.memory_mib}, expected at least {math.ceil(4 * rows / (1 << 20))}: "
+            f"one token's float32 logits over {rows} rows of the vocabulary"
+        )
 
 
 def _objective(objective: ObjectiveConfig) -> Iterator[str]:
@@ -345,6 +359,7 @@ RULES = (
     _replicas,
     _schedule,
     _loss,
+    _head,
     _objective,
     _top_k,
 )

@@ -71,13 +71,13 @@ class MetricsWriter:
 
             self._events = SummaryWriter(str(directory / "tensorboard"))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of `step`. A number that is not finite is null in the file."""
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Records the metrics of `step`. A number that is not finite is null in the file; words go only there."""
         self._file.write(json.dumps({"step": step} | _finite(metrics), allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in metrics.items():
-                if math.isfinite(value):
+                if not isinstance(value, str) and math.isfinite(value):
                     self._events.add_scalar(name, value, step)
             self._events.flush()
 

@@ -33,6 +33,7 @@ from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
+from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.metrics import MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.weights.mapping import hub_shapes
@@ -89,13 +90,14 @@ class Trainer:
                     num_topk=num_topk,
                     weights=weights,
                     length_multiple=multiple,
+                    skip_zero_advantage=loss.skip_zero_advantage,
                 )
                 for size in sizes
             ]
             for sizes in message["micro_batch_sizes"][replica]
         ]
 
-    def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
+    def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
         """One gradient step a minibatch; returns the step's metrics (on every rank)."""
         old = self._recompute(minibatches)
         self.optimizer.advance()
@@ -107,7 +109,12 @@ class Trainer:
                 _rollout_tokens(batch, old_stats, self.model.device)
                 for batch, old_stats in zip(minibatch, old[index], strict=True)
             ]
-            results = loss_pass(self.model, minibatch, self._coefficients(tokens))
+            results = loss_pass(
+                self.model,
+                minibatch,
+                self._coefficients(tokens),
+                entropy_gradient=bool(self.config.loss.entropy_coefficient),
+            )
             try:
                 losses = {f"the loss of micro-batch {i}": result["loss"] for i, result in enumerate(results)}
                 norms.append(self.optimizer.step(watch=losses))
@@ -119,6 +126,7 @@ class Trainer:
         if not num_recorded_topk(self.config):
             del means["topk_tv"]  # not measured
         return means | {
+            "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
             "mismatch": at_sampling["mean_abs_pi_minus_mu"],
             "grad_norm": sum(norms) / len(norms),
             "lr": self.optimizer.lr,
@@ -138,10 +146,11 @@ class Trainer:
         """Eq. 23 for the head: per token M_t min(r_t, C) A_t, and the entropy bonus where the config has one."""
         bonus = self.config.loss.entropy_coefficient
 
-        def coefficients(index: int, stats: TokenStats) -> tuple[Tensor, Tensor | None, Sums]:
-            result = coefficient(self.objective, stats, tokens[index])
+        def coefficients(index: int, stats: TokenStats, part: slice) -> tuple[Tensor, Tensor | None, Sums]:
+            rollout = tokens[index][part]
+            result = coefficient(self.objective, stats, rollout)
             c_entropy = torch.full_like(stats.entropy, bonus) if bonus else None
-            return result.value, c_entropy, metrics(stats, tokens[index], result)
+            return result.value, c_entropy, metrics(stats, rollout, result)
 
         return coefficients
 
@@ -167,7 +176,7 @@ def _rollout_tokens(batch: MicroBatch, old: TokenStats | None, device: torch.dev
 def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
     """Means over all tokens of all replicas. One all-reduce of a dozen float64; the numbers leave the device here."""
     names = (
-        "loss", "count", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
+        "loss", "count", "skipped", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
         "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
     )  # fmt: skip
     total = torch.zeros(len(names), dtype=torch.float64, device=model.device)
@@ -180,6 +189,7 @@ def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
     return {
         "loss": value["loss"] / max(value["count"], 1.0),
         "tokens": value["tokens"],
+        "tokens_skipped": value["skipped"],
         "mean_abs_pi_minus_mu": value["abs_pi_minus_mu"] / tokens,
         "entropy": value["entropy"] / tokens,
         "divergence": value["divergence"] / tokens,
@@ -195,7 +205,7 @@ def _write(
     writer: MetricsWriter | None,
     step: int,
     message: dict[str, Any],
-    trained: dict[str, float],
+    trained: dict[str, float | str],
     seconds: dict[str, float],
 ) -> None:
     """One record: the client's numbers (of the weights before this step) and the trainer's."""
@@ -216,6 +226,7 @@ def main(config: Config) -> None:
     model = load_model(
         config.model.path, rank, dtype,
         sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
+        head_memory=HeadMemory(config.head.path, config.head.memory_mib << 20),
     )  # fmt: skip
     training = config.training
     settings = AdamSettings(
@@ -230,7 +241,13 @@ def main(config: Config) -> None:
         eps=training.eps,
         clip_grad=training.clip_grad,
     )
-    optimizer = Optimizer(model.chunk, settings, dtype=dtype, distributed=split.distributed_optimizer)
+    optimizer = Optimizer(
+        model.chunk,
+        settings,
+        dtype=dtype,
+        distributed=split.distributed_optimizer,
+        overlap_grad_reduce=split.overlap_grad_reduce,
+    )
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     if rank.rank == 0:
         layers = "Transformer Engine" if transformer_engine_installed() else "torch"

@@ -120,7 +120,7 @@ def train_rank(model_path: Path, seed: int) -> None:
         batch = supervised_batch(iteration, seed, rank.rank, tokenizer)
         optimizer.advance()
         optimizer.zero()
-        (sums,) = loss_pass(model, [batch], lambda _, stats: (torch.ones_like(stats.logprob), None, {}))
+        (sums,) = loss_pass(model, [batch], lambda _, stats, tokens: (torch.ones_like(stats.logprob), None, {}))
         optimizer.step(watch={"the loss": sums["loss"]})
         if rank.rank == 0 and (iteration + 1) % 100 == 0:
             print(f"iteration {iteration + 1}: loss {float(sums['loss'] / sums['count']):.4f}", flush=True)

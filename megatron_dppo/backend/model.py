@@ -26,7 +26,8 @@ from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.layers import HiddenStatesOutput, block_spec, transformer_engine_installed
 from megatron_dppo.backend.parallel import Rank
-from megatron_dppo.head.policy_head import VocabShard
+from megatron_dppo.head.policy_head import HeadMemory
+from megatron_dppo.head.statistics import VocabShard
 from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, padded_vocab_size
 from megatron_dppo.weights.local import checkpoint_files, load_pieces
 
@@ -159,6 +160,7 @@ class Model:
     pieces: tuple[Piece, ...]
     device: torch.device
     temperature: float = 1.0
+    head_memory: HeadMemory = HeadMemory()
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -171,11 +173,18 @@ class Model:
 
 
 def load_model(
-    path: Path, rank: Rank, dtype: torch.dtype, *, sequence_parallel: bool, temperature: float = 1.0
+    path: Path,
+    rank: Rank,
+    dtype: torch.dtype,
+    *,
+    sequence_parallel: bool,
+    temperature: float = 1.0,
+    head_memory: HeadMemory = HeadMemory(),
 ) -> Model:
     """This rank's stage of the model in a Hugging Face directory; each rank reads only the boxes it holds."""
     arch = load_architecture(path)
     chunk = build_model(arch, rank, dtype, sequence_parallel)
     pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine_installed()))
     load_pieces(dict(chunk.named_parameters()), pieces, checkpoint_files(path))
-    return Model(rank, chunk, chunk.config, arch, pieces, next(chunk.parameters()).device, temperature)
+    device = next(chunk.parameters()).device
+    return Model(rank, chunk, chunk.config, arch, pieces, device, temperature, head_memory)

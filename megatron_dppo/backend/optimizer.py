@@ -40,13 +40,27 @@ class NonFinite(RuntimeError):
 class Optimizer:
     """Megatron's optimizer of one stage: `zero`, then a loss pass, then `step`."""
 
-    def __init__(self, model: nn.Module, settings: AdamSettings, *, dtype: torch.dtype, distributed: bool) -> None:
-        """Wraps `model` (see `self.model`); `distributed` shards the optimizer's state over replicas."""
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: AdamSettings,
+        *,
+        dtype: torch.dtype,
+        distributed: bool,
+        overlap_grad_reduce: bool = False,
+    ) -> None:
+        """Wraps `model` (see `self.model`); `distributed` shards the optimizer's state over replicas;
+        `overlap_grad_reduce` sums gradients over replicas while backward still runs."""
         self.model = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlap_grad_reduce,
+            ),
             model,
         )
+        self.model.config.no_sync_func = self.model.no_sync  # the schedule: reduce in the last micro-batch only
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

@@ -7,27 +7,32 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor, nn
 
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.model import Model, head_weight
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
+from megatron_dppo.head.rows import counted_rows
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and replicas
-# (index of the micro-batch, statistics of its tokens) -> (c_logprob, c_entropy or None, sums for the metrics)
-MicroCoefficientFn = Callable[[int, TokenStats], tuple[Tensor, Tensor | None, Sums]]
+# (index of the micro-batch, statistics of a range of its tokens, the range)
+# -> (c_logprob, c_entropy or None, sums over the range for the metrics)
+MicroCoefficientFn = Callable[[int, TokenStats, slice], tuple[Tensor, Tensor | None, Sums]]
 
 
-def loss_pass(model: Model, micro_batches: Sequence[MicroBatch], coefficient_fn: MicroCoefficientFn) -> list[Sums]:
+def loss_pass(
+    model: Model,
+    micro_batches: Sequence[MicroBatch],
+    coefficient_fn: MicroCoefficientFn,
+    *,
+    entropy_gradient: bool = False,
+) -> list[Sums]:
     """Forward and backward over the micro-batches; gradients end up summed over replicas and divided.
 
     The loss of a micro-batch is -sum_t weight_t (c_logprob_t log pi(y_t) + c_entropy_t H_t); the sum over all
-    micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). Returns one dict
+    micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). `coefficient_fn` may
+    return c_entropy only with `entropy_gradient`, and sees a micro-batch in one range or several. Returns one dict
     of sums a micro-batch on the ranks of the last stage, nothing elsewhere. Collectives: Megatron's.
     """
 
@@ -36,18 +41,22 @@ def loss_pass(model: Model, micro_batches: Sequence[MicroBatch], coefficient_fn:
         importance = torch.from_numpy(batch.weight).to(model.device)
         sums: Sums = {}
 
-        def coefficients(stats: TokenStats, _: slice) -> tuple[Tensor, Tensor | None]:
-            c_logprob, c_entropy, metrics = coefficient_fn(index, stats)
-            sums.update(metrics)
-            return -importance * c_logprob, None if c_entropy is None else -importance * c_entropy
+        def coefficients(stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor | None]:
+            c_logprob, c_entropy, metrics = coefficient_fn(index, stats, tokens)
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+            share = -importance[tokens]
+            return share * c_logprob, None if c_entropy is None else share * c_entropy
 
         target, topk_ids = _ids(batch, model.device)
         loss, _ = policy_loss(
             _counted_rows(hidden, batch, model), weight, target, topk_ids, coefficients,
             shard=model.shard(weight), temperature=model.temperature,
+            entropy_gradient=entropy_gradient, memory=model.head_memory,
         )  # fmt: skip
         count = torch.tensor(batch.count, dtype=torch.int, device=model.device)
-        return loss, count, sums | {"loss": loss.detach(), "count": count.detach().clone()}
+        skipped = torch.tensor(batch.skipped, device=model.device)
+        return loss, count, sums | {"loss": loss.detach(), "count": count.detach().clone(), "skipped": skipped}
 
     return _run(model, micro_batches, lose, forward_only=False)
 
@@ -61,7 +70,7 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
         target, topk_ids = _ids(batch, model.device)
         stats = token_stats(
             _counted_rows(hidden, batch, model), weight, target, topk_ids,
-            shard=model.shard(weight), temperature=model.temperature,
+            shard=model.shard(weight), temperature=model.temperature, memory=model.head_memory,
         )  # fmt: skip
         zero = torch.zeros((), device=model.device)
         return zero, zero.int(), stats
@@ -92,17 +101,9 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
 
 
 def _counted_rows(hidden_BSH: Tensor, batch: MicroBatch, model: Model) -> Tensor:
-    """Hidden states [T, H] of the counted tokens, on every TP rank.
-
-    Backward sums the ranks' gradients: a reduce-scatter under sequence parallelism, an all-reduce without.
-    """
-    hidden_SBH = hidden_BSH.transpose(0, 1)
-    if model.config.sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH.contiguous(), tensor_parallel_output_grad=True)
-    else:
-        hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
-    rows = torch.from_numpy(batch.row).to(model.device)
-    return hidden_SBH.flatten(0, 1).index_select(0, rows)
+    """Hidden states [T, H] of the counted tokens, on every TP rank; `batch.row` counts in Megatron's [S, B] order."""
+    hidden_NH = hidden_BSH.transpose(0, 1).flatten(0, 1)
+    return counted_rows(hidden_NH, batch.row, model.rank.tensor_group, sequence_parallel=model.config.sequence_parallel)
 
 
 def _ids(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:

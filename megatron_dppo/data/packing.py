@@ -29,7 +29,8 @@ class MicroBatch:
     samples: `row i64[T]`, where the hidden state that predicts it lies in the model's [S, B] order (s * B + b);
     `target i64[T]`; `advantage f32[T]`; `mu_logprob f32[T]`; `topk_ids i64[T, K]` and `mu_topk_logprob
     f32[T, K + 1]` (last column: the target) or None; `weight f32[T]`, its share in the loss. `count`: what this
-    micro-batch adds to the loss's divisor. `input_ids i64[B, S]`.
+    micro-batch adds to the loss's divisor. `skipped`: counted tokens left out, for they have no gradient.
+    `input_ids i64[B, S]`.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -39,12 +40,13 @@ class MicroBatch:
     mu_logprob: npt.NDArray[np.float32]
     weight: npt.NDArray[np.float32]
     count: int
+    skipped: int = 0
     topk_ids: npt.NDArray[np.int64] | None = None
     mu_topk_logprob: npt.NDArray[np.float32] | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Counted tokens."""
+        """Counted tokens that are computed."""
         return len(self.target)
 
 
@@ -143,16 +145,22 @@ def build_micro_batch(
     num_topk: int,
     weights: LossWeights,
     length_multiple: int = 1,
+    skip_zero_advantage: bool = False,
 ) -> MicroBatch:
     """Pads `samples` to one length, a multiple of `length_multiple` (TP under sequence parallelism).
 
-    `num_topk`: K of the objective's Top-K; 0 leaves it out. With no samples: one row of padding, nothing counted.
+    `num_topk`: K of the objective's Top-K; 0 leaves it out. `skip_zero_advantage` leaves out tokens whose coefficient
+    is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. With no samples: one
+    row of padding, nothing counted.
     """
     lengths = [len(s.trajectory.prompt_ids) + len(s.trajectory.response_ids) for s in samples]
     longest = max(lengths, default=1)
     width = -(-longest // length_multiple) * length_multiple
     input_ids = np.zeros((max(len(samples), 1), width), np.int64)
-    parts = [_tokens_of(s, b, len(input_ids), num_topk, weights) for b, s in enumerate(samples)]
+    parts = [
+        _tokens_of(sample, b, len(input_ids), num_topk, weights, skip_zero_advantage)
+        for b, sample in enumerate(samples)
+    ]
     for b, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         trajectory = sample.trajectory
         input_ids[b, :length] = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
@@ -168,16 +176,23 @@ def build_micro_batch(
         mu_logprob=joined("mu_logprob", np.float32),
         weight=joined("weight", np.float32),
         count=sum(part["count"] for part in parts),
+        skipped=sum(part["skipped"] for part in parts),
         topk_ids=joined("topk_ids", np.int64, num_topk) if num_topk else None,
         mu_topk_logprob=joined("mu_topk_logprob", np.float32, num_topk + 1) if num_topk else None,
     )
 
 
-def _tokens_of(sample: Scored, b: int, batch: int, num_topk: int, weights: LossWeights) -> dict:
+def _tokens_of(
+    sample: Scored, b: int, batch: int, num_topk: int, weights: LossWeights, skip_zero_advantage: bool
+) -> dict:
     """The counted tokens of one sample: token j of the response is predicted at position P + j - 1."""
     trajectory = sample.trajectory
     counted = np.flatnonzero(trajectory.loss_mask)
     weight, count = weights.weigh(len(counted))
+    skipped = 0
+    if skip_zero_advantage:
+        skipped = int((sample.advantage[counted] == 0).sum())
+        counted = counted[sample.advantage[counted] != 0]
     tokens = {
         "row": (len(trajectory.prompt_ids) + counted - 1) * batch + b,
         "target": trajectory.response_ids[counted],
@@ -185,6 +200,7 @@ def _tokens_of(sample: Scored, b: int, batch: int, num_topk: int, weights: LossW
         "mu_logprob": trajectory.rollout_logprobs[counted],
         "weight": np.full(len(counted), weight),
         "count": count,
+        "skipped": skipped,
     }
     if num_topk:
         have = trajectory.topk_ids.shape[1]

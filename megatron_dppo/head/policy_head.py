@@ -1,40 +1,53 @@
 """From hidden states and a shard of the LM head to token statistics and the policy gradient.
 
-The logits never leave this module. `token_stats` yields log-probs, entropy and the log-probs of the engine's
-Top-K; `policy_loss` also yields the loss, whose gradient is made in forward: the coefficient of a token (paper
-Eq. 23) is known as soon as its statistics are.
+The logits never leave this package. `token_stats` yields log-probs, entropy and the log-probs of the engine's Top-K;
+`policy_loss` also yields the loss and its gradient. Three paths, one meaning, none of which repeats a matrix product:
+
+- stats: no gradient; chunks of tokens pass through one buffer of logits.
+- store: the logits of all tokens are kept once, and backward writes their gradient over them.
+- chunk: chunks pass through one buffer; the coefficient of a token (paper Eq. 23) is known as soon as its statistics
+  are, so each chunk's gradient is made in forward and backward only hands it over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dppo.algorithm.divergence import topk_members
 from megatron_dppo.algorithm.objectives import TokenStats
-from megatron_dppo.head.reference import shard_gradient_, shard_logits, shard_max, shard_sums
+from megatron_dppo.head import matmul, weight_gradient
+from megatron_dppo.head.backends import shard_operations
+from megatron_dppo.head.reference import RowScalars
+from megatron_dppo.head.statistics import VocabShard, merge, pick
 
 # (statistics of a range of tokens, that range) -> (coefficient of log-prob, coefficient of entropy or None)
 CoefficientFn = Callable[[TokenStats, slice], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """Which rows of the LM head this rank holds: `start .. start + rows`, of which those below `vocab_size` count."""
+class HeadMemory:
+    """How much memory logits may take: `auto` stores them where all fit into `budget_bytes`, else works in chunks."""
 
-    start: int
-    vocab_size: int
-    group: dist.ProcessGroup | None = None  # tensor-parallel group; None: this rank holds all
+    path: Literal["auto", "store", "chunk"] = "auto"
+    budget_bytes: int = 1 << 30
 
-    def columns(self, rows: int) -> int:
-        """How many of the shard's `rows` are vocabulary and not padding."""
-        return max(0, min(self.start + rows, self.vocab_size) - self.start)
+    def stores(self, tokens: int, rows: int) -> bool:
+        """Whether the logits of all `tokens` over `rows` of a shard are kept."""
+        return self.path == "store" or (self.path == "auto" and tokens <= self.chunk_tokens(rows))
+
+    def chunk_tokens(self, rows: int) -> int:
+        """Tokens whose f32 logits over `rows` fit into the budget; raises ValueError where not one does."""
+        tokens = self.budget_bytes // (4 * rows)
+        if tokens < 1:
+            raise ValueError(
+                f"head memory: got {self.budget_bytes} bytes, expected at least {4 * rows} (one token's logits)"
+            )
+        return tokens
 
 
 def token_stats(
@@ -45,19 +58,29 @@ def token_stats(
     *,
     shard: VocabShard,
     temperature: float = 1.0,
+    memory: HeadMemory = HeadMemory(),
 ) -> TokenStats:
     """Log-prob, entropy and the K+1 log-probs of each token, without gradient.
 
     hidden_TH: [T, H], the rows of the counted tokens, the same on every rank of the group. weight_VH: [V/TP, H].
     targets_T: i64[T], the token that came next. topk_ids_TK: i64[T, K], -1 where absent. Results are fp32 and
     bit-identical on all ranks of the group. Columns 0..K-1 of `topk_logprob` are the ids', column K the target's.
+    Uses `memory.budget_bytes` at most for logits.
 
-    Collectives: one max all-reduce of T and one sum all-reduce of T x (3 + K) fp32 over `shard.group`.
+    Collectives over `shard.group`, for each chunk of tokens: one all-gather of 4 fp32 a token and, with Top-K ids,
+    one sum all-reduce of K fp32 a token.
     Raises ValueError for shapes that do not fit, ids outside the vocabulary and temperatures <= 0.
     """
-    _check(hidden_TH, weight_VH, targets_T, topk_ids_TK, shard, temperature)
+    call = _Call(targets_T, topk_ids_TK, shard, temperature)
+    _check(hidden_TH, weight_VH, call)
     with torch.no_grad():
-        return _forward(hidden_TH, weight_VH, targets_T, topk_ids_TK, shard, temperature).stats
+        hidden, weight = matmul.operands(hidden_TH, weight_VH[: call.columns(weight_VH)])
+        buffer = _Buffer(weight, min(memory.chunk_tokens(weight_VH.shape[0]), len(targets_T)))
+        parts = [
+            _measure(matmul.logits(hidden[tokens], weight, buffer.rows(tokens)), call, tokens, keep_logits=False)[0]
+            for tokens in buffer.chunks(len(targets_T))
+        ]
+    return _joined(parts)
 
 
 def policy_loss(
@@ -69,116 +92,241 @@ def policy_loss(
     *,
     shard: VocabShard,
     temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    memory: HeadMemory = HeadMemory(),
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, TokenStats]:
     """The scalar sum_t c_logprob_t log pi(y_t) + c_entropy_t H_t (fp32, unnormalised) and detached statistics.
 
-    Arguments as in `token_stats`. Coefficients are constants of the gradient; the caller puts the sign in. The
-    gradient with respect to `hidden_TH` is this rank's part: its sum over the group is the caller's (Megatron's
-    copy-to or gather-from region does it). Keeps the logits' gradient, fp32 [T, V/TP], for backward.
+    Arguments as in `token_stats`. `coefficient_fn` is called once for each chunk of tokens, in order, with the
+    statistics of that chunk and its range; coefficients are constants of the gradient and the caller puts the sign
+    in. It may return coefficients of the entropy only with `entropy_gradient`. `loss_scale`: what backward will be
+    called with (Megatron's loss scale; 1 for bf16 and fp32), which the chunk path has to know in forward.
 
-    Collectives: as `token_stats`; none in backward.
-    Raises as `token_stats`; a second derivative is refused.
+    The gradient with respect to `hidden_TH` is this rank's part: its sum over the group is the caller's (see
+    `rows.counted_rows`). The weight's goes into `weight_VH.main_grad` where that exists in fp32, in forward on the
+    chunk path, in backward on the store path; without autograd (`torch.no_grad`) nothing is accumulated anywhere.
+
+    Collectives: as `token_stats`, in forward; none in backward.
+    Keeps for backward: fp32 [T, V/TP] logits (store), or the gradient [T, H] of the hidden states (chunk), and the
+    fp32 gradient of the weight where it has no `main_grad`.
+    Raises as `token_stats`. Backward raises RuntimeError for a retained graph (`retain_graph`, `create_graph`), whose
+    logits have been overwritten, and on the chunk path for an upstream gradient that is not `loss_scale`.
     """
-    _check(hidden_TH, weight_VH, targets_T, topk_ids_TK, shard, temperature)
-    loss, *parts = _PolicyLoss.apply(hidden_TH, weight_VH, targets_T, topk_ids_TK, coefficient_fn, shard, temperature)
+    call = _Call(targets_T, topk_ids_TK, shard, temperature)
+    _check(hidden_TH, weight_VH, call)
+    is_store = memory.stores(len(targets_T), weight_VH.shape[0])
+    with_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
+    plan = _Plan(
+        coefficient_fn,
+        entropy_gradient,
+        # On the store path, and without gradient too where all tokens fit, the chunk is everything.
+        chunk=len(targets_T) if is_store else memory.chunk_tokens(weight_VH.shape[0]),
+        loss_scale=loss_scale,
+        with_gradient=with_gradient,
+    )
+    function = _StoreLoss if is_store and with_gradient else _ChunkLoss
+    loss, *parts = function.apply(hidden_TH, weight_VH, call, plan)
     return loss, TokenStats(*parts)
 
 
 @dataclass(frozen=True)
-class _Forward:
-    stats: TokenStats
-    z_TV: Tensor  # [T, columns of the shard that are vocabulary]
-    log_normaliser_T: Tensor
-    target_column_T: Tensor
+class _Call:
+    """What to measure: the arguments of both entries that are not differentiated."""
+
+    targets_T: Tensor
+    topk_ids_TK: Tensor | None
+    shard: VocabShard
+    temperature: float
+
+    def columns(self, weight_VH: Tensor) -> int:
+        return self.shard.columns(weight_VH.shape[0])
 
 
-def _forward(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    targets_T: Tensor,
-    topk_ids_TK: Tensor | None,
-    shard: VocabShard,
-    temperature: float,
-) -> _Forward:
-    columns = shard.columns(weight_VH.shape[0])
-    z_TV = shard_logits(hidden_TH, weight_VH[:columns], temperature)
-    max_T = shard_max(z_TV)
-    _all_reduce(max_T, dist.ReduceOp.MAX, shard.group)
-    wanted_TN = targets_T[:, None] if topk_ids_TK is None else torch.cat([topk_ids_TK, targets_T[:, None]], dim=1)
-    local_TN = wanted_TN - shard.start
-    local_TN = local_TN.masked_fill((wanted_TN < 0) | (local_TN < 0) | (local_TN >= columns), -1)
-    sums = shard_sums(z_TV, max_T, local_TN)
-    _all_reduce(sums, dist.ReduceOp.SUM, shard.group)
-    log_sum_T = sums[:, 0].log()
-    logprob_TN = sums[:, 2:] - log_sum_T[:, None]
-    member = topk_logprob = None
-    if topk_ids_TK is not None:
-        member = topk_members(topk_ids_TK, targets_T)
-        topk_logprob = logprob_TN.masked_fill(wanted_TN < 0, -torch.inf)
-    stats = TokenStats(
-        logprob=logprob_TN[:, -1].contiguous(),
-        entropy=log_sum_T - sums[:, 1] / sums[:, 0],
-        topk_logprob=topk_logprob,
-        member=member,
-    )
-    return _Forward(stats, z_TV, max_T + log_sum_T, local_TN[:, -1])
+@dataclass(frozen=True)
+class _Plan:
+    """How the loss is made."""
+
+    coefficient_fn: CoefficientFn
+    entropy_gradient: bool
+    chunk: int
+    loss_scale: float
+    with_gradient: bool
+
+    def coefficients(self, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor | None]:
+        c_logprob, c_entropy = self.coefficient_fn(stats, tokens)
+        if c_entropy is not None and not self.entropy_gradient:
+            raise ValueError("coefficient_fn: got coefficients of the entropy, expected none without entropy_gradient")
+        if self.entropy_gradient and c_entropy is None:
+            c_entropy = torch.zeros_like(c_logprob)
+        return c_logprob, c_entropy
 
 
-class _PolicyLoss(torch.autograd.Function):
+class _Buffer:
+    """The f32 logits of one chunk of tokens, used for every chunk in turn."""
+
+    def __init__(self, weight_VH: Tensor, tokens: int) -> None:
+        self._logits = weight_VH.new_empty((tokens, weight_VH.shape[0]), dtype=torch.float32)
+
+    def rows(self, tokens: slice) -> Tensor:
+        return self._logits[: tokens.stop - tokens.start]
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """Ranges of the tokens; one, empty, where there are none: the ranks' collectives stay in step."""
+        size = max(len(self._logits), 1)
+        return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
+
+
+def _measure(
+    logits_TV: Tensor, call: _Call, tokens: slice, *, keep_logits: bool
+) -> tuple[TokenStats, RowScalars, Tensor]:
+    """Statistics of a chunk, the scalars of its gradient, and the targets' columns in this shard."""
+    targets_T = call.targets_T[tokens]
+    topk_ids_TK = None if call.topk_ids_TK is None else call.topk_ids_TK[tokens]
+    columns = logits_TV.shape[1]
+    target_column_T = call.shard.local(targets_T, columns)
+    target_logit_T = pick(logits_TV, target_column_T[:, None])[:, 0]
+    topk_logit_TK = None if topk_ids_TK is None else pick(logits_TV, call.shard.local(topk_ids_TK, columns))
+    row_statistics_ = shard_operations(logits_TV.device.type).row_statistics_
+    parts = row_statistics_(logits_TV, call.temperature, keep_logits=keep_logits)
+    stats, scalars = merge(parts, target_logit_T, topk_logit_TK, targets_T, topk_ids_TK, call.shard, call.temperature)
+    return stats, scalars, target_column_T
+
+
+def _loss(stats: TokenStats, c_logprob: Tensor, c_entropy: Tensor | None) -> Tensor:
+    loss = (c_logprob * stats.logprob).sum()
+    return loss if c_entropy is None else loss + (c_entropy * stats.entropy).sum()
+
+
+class _StoreLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TH: Tensor,
-        weight_VH: Tensor,
-        targets_T: Tensor,
-        topk_ids_TK: Tensor | None,
-        coefficient_fn: CoefficientFn,
-        shard: VocabShard,
-        temperature: float,
-    ) -> tuple[Tensor | None, ...]:
-        out = _forward(hidden_TH, weight_VH, targets_T, topk_ids_TK, shard, temperature)
-        stats = out.stats
-        c_logprob, c_entropy = coefficient_fn(stats, slice(0, targets_T.shape[0]))
-        loss = (c_logprob * stats.logprob).sum()
-        if c_entropy is not None:
-            loss = loss + (c_entropy * stats.entropy).sum()
-        d_logits = shard_gradient_(
-            out.z_TV, out.log_normaliser_T, out.target_column_T, stats.entropy, c_logprob, c_entropy, temperature
-        )
-        ctx.save_for_backward(hidden_TH, weight_VH, d_logits.to(weight_VH.dtype))
-        parts = (stats.logprob, stats.entropy, stats.topk_logprob, stats.member)
-        ctx.mark_non_differentiable(*(part for part in parts if part is not None))
-        return loss, *parts
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, call: _Call, plan: _Plan) -> tuple[Tensor | None, ...]:
+        hidden, weight = matmul.operands(hidden_TH, weight_VH[: call.columns(weight_VH)])
+        tokens = slice(0, len(hidden))
+        logits = matmul.logits(hidden, weight, _Buffer(weight, len(hidden)).rows(tokens))
+        stats, scalars, columns = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
+        c_logprob, c_entropy = plan.coefficients(stats, tokens)
+        ctx.save_for_backward(hidden_TH, weight_VH)
+        ctx.kept = (logits, scalars, columns, c_logprob, c_entropy)
+        ctx.weight, ctx.call = weight_VH, call
+        return _loss(stats, c_logprob, c_entropy), *_outputs(ctx, stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, d_logits = ctx.saved_tensors
-        columns = d_logits.shape[1]
-        d_hidden = (d_logits @ weight_VH[:columns]).mul_(d_loss).to(hidden_TH.dtype)
-        d_weight = None
+        _refuse_retained_graph()
+        hidden_TH, weight_VH = ctx.saved_tensors
+        logits, scalars, columns, c_logprob, c_entropy = ctx.kept
+        ctx.kept = None
+        hidden, weight = matmul.operands(hidden_TH, weight_VH[: ctx.call.columns(weight_VH)])
+        gradient = shard_operations(logits.device.type).row_gradient_(
+            logits,
+            scalars,
+            columns,
+            c_logprob * d_loss,
+            None if c_entropy is None else c_entropy * d_loss,
+            ctx.call.temperature,
+            dtype=weight.dtype,
+        )
+        d_hidden = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = matmul.hidden_gradient(gradient, weight, torch.empty_like(hidden_TH))
         if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight_VH)
-            d_weight[:columns] = (d_logits.t() @ hidden_TH.to(d_logits.dtype)).mul_(d_loss)
-        return d_hidden, d_weight, None, None, None, None, None
+            total = weight_gradient.accumulator(ctx.weight)
+            matmul.add_weight_gradient(total[: len(weight)], gradient, hidden)
+            d_weight = weight_gradient.hand_over(ctx.weight, total)
+        return d_hidden, d_weight, None, None
 
 
-def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, op, group)
+class _ChunkLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, call: _Call, plan: _Plan) -> tuple[Tensor | None, ...]:
+        hidden, weight = matmul.operands(hidden_TH, weight_VH[: call.columns(weight_VH)])
+        wants_hidden, wants_weight = (plan.with_gradient and wanted for wanted in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
+        d_weight = weight_gradient.accumulator(weight_VH) if wants_weight else None
+        operations = shard_operations(weight.device.type)
+        buffer = _Buffer(weight, min(plan.chunk, len(hidden)))
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        measured = []
+        for tokens in buffer.chunks(len(hidden)):
+            logits = matmul.logits(hidden[tokens], weight, buffer.rows(tokens))
+            stats, scalars, columns = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
+            c_logprob, c_entropy = plan.coefficients(stats, tokens)
+            loss += _loss(stats, c_logprob, c_entropy)
+            measured.append(stats)
+            if d_hidden is None and d_weight is None:
+                continue
+            gradient = operations.row_gradient_(
+                logits,
+                scalars,
+                columns,
+                c_logprob * plan.loss_scale,
+                None if c_entropy is None else c_entropy * plan.loss_scale,
+                call.temperature,
+                dtype=weight.dtype,
+            )
+            if d_hidden is not None:
+                matmul.hidden_gradient(gradient, weight, d_hidden[tokens])
+            if d_weight is not None:
+                matmul.add_weight_gradient(d_weight[: len(weight)], gradient, hidden[tokens])
+        ctx.save_for_backward(loss)  # nothing needs it; without it a second backward would find no one to refuse it
+        ctx.d_hidden, ctx.d_weight, ctx.weight, ctx.loss_scale = d_hidden, d_weight, weight_VH, plan.loss_scale
+        return loss, *_outputs(ctx, _joined(measured))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _refuse_retained_graph()
+        _ = ctx.saved_tensors
+        _expect_scale(d_loss, ctx.loss_scale)
+        d_weight = None if ctx.d_weight is None else weight_gradient.hand_over(ctx.weight, ctx.d_weight)
+        d_hidden, ctx.d_hidden, ctx.d_weight = ctx.d_hidden, None, None
+        return d_hidden, d_weight, None, None
 
 
-def _check(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    targets_T: Tensor,
-    topk_ids_TK: Tensor | None,
-    shard: VocabShard,
-    temperature: float,
-) -> None:
+def _outputs(ctx: Any, stats: TokenStats) -> list[Tensor | None]:
+    parts = [getattr(stats, field.name) for field in fields(TokenStats)]
+    ctx.mark_non_differentiable(*(part for part in parts if part is not None))
+    return parts
+
+
+def _joined(parts: list[TokenStats]) -> TokenStats:
+    if len(parts) == 1:
+        return parts[0]
+
+    def column(name: str) -> Any:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    return TokenStats(**{field.name: column(field.name) for field in fields(TokenStats)})
+
+
+def _refuse_retained_graph() -> None:
+    # The one place where torch tells; its own compiler asks there before it reuses a graph's memory.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        raise RuntimeError(
+            "policy_loss: got backward with retain_graph or create_graph, expected neither: the gradient is written "
+            "over the logits, so it can be taken once"
+        )
+
+
+def _expect_scale(d_loss: Tensor, loss_scale: float) -> None:
+    """On a GPU the comparison stays on the device: looking at it here would wait for the whole forward."""
+    if d_loss.is_cuda:
+        torch._assert_async(d_loss == loss_scale, "policy_loss: the upstream gradient is not loss_scale")
+    elif d_loss.item() != loss_scale:
+        raise RuntimeError(
+            f"policy_loss: got an upstream gradient of {d_loss.item()}, expected loss_scale={loss_scale}: on the chunk "
+            "path the gradient is made in forward; divide the loss where gradients are finalised, or use the store path"
+        )
+
+
+def _check(hidden_TH: Tensor, weight_VH: Tensor, call: _Call) -> None:
     tokens = hidden_TH.shape[0]
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
+    targets_T, topk_ids_TK, vocab_size = call.targets_T, call.topk_ids_TK, call.shard.vocab_size
+    if not call.temperature > 0:
+        raise ValueError(f"temperature: got {call.temperature}, expected a number above 0")
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
             f"hidden, weight: got {tuple(hidden_TH.shape)}, {tuple(weight_VH.shape)}, expected [T,H], [V,H]"
@@ -187,11 +335,16 @@ def _check(
         raise ValueError(f"targets: got shape {tuple(targets_T.shape)}, expected ({tokens},)")
     if topk_ids_TK is not None and (topk_ids_TK.dim() != 2 or topk_ids_TK.shape[0] != tokens):
         raise ValueError(f"topk_ids: got shape {tuple(topk_ids_TK.shape)}, expected ({tokens}, K)")
-    if not tokens or targets_T.is_cuda:
-        return  # ids that come from a GPU were checked where they entered: a look at them here would wait for it
-    if targets_T.min() < 0 or targets_T.max() >= shard.vocab_size:
-        raise ValueError(f"targets: got an id outside of 0..{shard.vocab_size - 1}")
-    if topk_ids_TK is None or not topk_ids_TK.numel():
+    _check_ids("targets", targets_T, 0, vocab_size)
+    if topk_ids_TK is not None:
+        _check_ids("topk_ids", topk_ids_TK, -1, vocab_size)
+
+
+def _check_ids(name: str, ids: Tensor, least: int, vocab_size: int) -> None:
+    if not ids.numel():
         return
-    if topk_ids_TK.min() < -1 or topk_ids_TK.max() >= shard.vocab_size:
-        raise ValueError(f"topk_ids: got an id outside of -1..{shard.vocab_size - 1}")
+    message = f"{name}: got an id outside of {least}..{vocab_size - 1}"
+    if ids.is_cuda:  # compared there: a look at them here would wait for the device
+        torch._assert_async(((ids >= least) & (ids < vocab_size)).all(), message)
+    elif ids.min() < least or ids.max() >= vocab_size:
+        raise ValueError(message)

@@ -56,11 +56,11 @@ def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) ->
     optimizer.zero()
     mine = batches[rank.at.data]
 
-    def coefficient(index: int, stats: TokenStats) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        advantage = torch.from_numpy(mine[index].advantage)
+    def coefficient(index: int, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        advantage = torch.from_numpy(mine[index].advantage)[tokens]
         return advantage, torch.full_like(advantage, 0.1), {}
 
-    loss_pass(model, mine, coefficient)
+    loss_pass(model, mine, coefficient, entropy_gradient=True)
     image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items()}
     export_pieces({name: p.main_grad for name, p in model.parameters.items()}, model.pieces, image)
     return {name: numpy(tensor) for name, tensor in image.items()}
