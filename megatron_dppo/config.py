@@ -181,7 +181,12 @@ class HeadConfig(Section):
     """How the policy head keeps logits: all of a micro-batch's once (store), or a chunk of tokens at a time."""
 
     path: Literal["auto", "store", "chunk"] = "auto"  # auto: store where a micro-batch's logits fit into memory_mib
-    memory_mib: int = Field(1024, ge=1)  # of float32 logits alive on one rank
+    memory_mib: float = Field(1024, gt=0)  # of float32 logits alive on one rank
+
+    @property
+    def memory_bytes(self) -> int:
+        """The budget in bytes."""
+        return int(self.memory_mib * (1 << 20))
 
 
 class TrainingConfig(Section):

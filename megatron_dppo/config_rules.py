@@ -301,9 +301,9 @@ def _loss(loss: LossConfig) -> Iterator[str]:
 def _head(head: HeadConfig, parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
     """A chunk holds at least one token's logits."""
     rows = padded_vocab_size(arch.vocab_size, parallel.tensor) // parallel.tensor
-    if head.memory_mib << 20 < 4 * rows:
+    if head.memory_bytes < 4 * rows:
         yield (
-            f"head.memory_mib: got {head.memory_mib}, expected at least {math.ceil(4 * rows / (1 << 20))}: "
+            f"head.memory_mib: got {head.memory_mib:g}, expected at least {math.ceil(4e3 * rows / (1 << 20)) / 1e3:g}: "
             f"one token's float32 logits over {rows} rows of the vocabulary"
         )
 

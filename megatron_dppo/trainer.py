@@ -226,7 +226,7 @@ def main(config: Config) -> None:
     model = load_model(
         config.model.path, rank, dtype,
         sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
-        head_memory=HeadMemory(config.head.path, config.head.memory_mib << 20),
+        head_memory=HeadMemory(config.head.path, config.head.memory_bytes),
     )  # fmt: skip
     training = config.training
     settings = AdamSettings(

@@ -194,6 +194,13 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
             "training.warmup_steps: got 10, expected below decay_steps 10",
         ),
         (["loss.normaliser=constant"], "loss.constant: missing"),
+        (
+            ["loss.skip_zero_advantage=true", "loss.entropy_coefficient=0.01"],
+            "loss.skip_zero_advantage: got true, expected false",
+        ),
+        (["loss.skip_zero_advantage=true"], None),
+        (["head.memory_mib=1e-5"], "head.memory_mib: got 1e-05, expected at least 0.001: one token's float32 logits"),
+        (["head.memory_mib=0.001", "head.path=chunk"], None),
         (["objective.alpha=0.1"], "objective: dppo_binary_tv: got alpha, which it does not use"),
         (
             ["objective.name=dppo_topk_tv"],

@@ -77,7 +77,7 @@ def token_stats(
         hidden, weight = matmul.operands(hidden_TH, weight_VH[: call.columns(weight_VH)])
         buffer = _Buffer(weight, min(memory.chunk_tokens(weight_VH.shape[0]), len(targets_T)))
         parts = [
-            _measure(matmul.logits(hidden[tokens], weight, buffer.rows(tokens)), call, tokens, keep_logits=False)[0]
+            _measure(matmul.logits(hidden[tokens], weight, buffer.rows(tokens)), call, tokens, keep_logits=False).stats
             for tokens in buffer.chunks(len(targets_T))
         ]
     return _joined(parts)
@@ -177,10 +177,33 @@ class _Buffer:
         return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
 
 
-def _measure(
-    logits_TV: Tensor, call: _Call, tokens: slice, *, keep_logits: bool
-) -> tuple[TokenStats, RowScalars, Tensor]:
-    """Statistics of a chunk, the scalars of its gradient, and the targets' columns in this shard."""
+@dataclass(frozen=True)
+class _Measured:
+    """A chunk's statistics, and its logits as `row_statistics_` left them."""
+
+    stats: TokenStats
+    logits_TV: Tensor
+    scalars: RowScalars
+    target_column_T: Tensor
+    temperature: float
+
+    def gradient_(
+        self, c_logprob: Tensor, c_entropy: Tensor | None, scale: Tensor | float, dtype: torch.dtype
+    ) -> Tensor:
+        """Of the loss times `scale`, over the logits."""
+        return shard_operations(self.logits_TV.device.type).row_gradient_(
+            self.logits_TV,
+            self.scalars,
+            self.target_column_T,
+            c_logprob * scale,
+            None if c_entropy is None else c_entropy * scale,
+            self.temperature,
+            dtype=dtype,
+        )
+
+
+def _measure(logits_TV: Tensor, call: _Call, tokens: slice, *, keep_logits: bool) -> _Measured:
+    """Statistics of a chunk; without `keep_logits`, entropies can get no gradient."""
     targets_T = call.targets_T[tokens]
     topk_ids_TK = None if call.topk_ids_TK is None else call.topk_ids_TK[tokens]
     columns = logits_TV.shape[1]
@@ -190,7 +213,7 @@ def _measure(
     row_statistics_ = shard_operations(logits_TV.device.type).row_statistics_
     parts = row_statistics_(logits_TV, call.temperature, keep_logits=keep_logits)
     stats, scalars = merge(parts, target_logit_T, topk_logit_TK, targets_T, topk_ids_TK, call.shard, call.temperature)
-    return stats, scalars, target_column_T
+    return _Measured(stats, logits_TV, scalars, target_column_T, call.temperature)
 
 
 def _loss(stats: TokenStats, c_logprob: Tensor, c_entropy: Tensor | None) -> Tensor:
@@ -204,30 +227,20 @@ class _StoreLoss(torch.autograd.Function):
         hidden, weight = matmul.operands(hidden_TH, weight_VH[: call.columns(weight_VH)])
         tokens = slice(0, len(hidden))
         logits = matmul.logits(hidden, weight, _Buffer(weight, len(hidden)).rows(tokens))
-        stats, scalars, columns = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
-        c_logprob, c_entropy = plan.coefficients(stats, tokens)
+        measured = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
+        coefficients = plan.coefficients(measured.stats, tokens)
         ctx.save_for_backward(hidden_TH, weight_VH)
-        ctx.kept = (logits, scalars, columns, c_logprob, c_entropy)
-        ctx.weight, ctx.call = weight_VH, call
-        return _loss(stats, c_logprob, c_entropy), *_outputs(ctx, stats)
+        ctx.measured, ctx.coefficients, ctx.weight, ctx.call = measured, coefficients, weight_VH, call
+        return _loss(measured.stats, *coefficients), *_outputs(ctx, measured.stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_retained_graph()
         hidden_TH, weight_VH = ctx.saved_tensors
-        logits, scalars, columns, c_logprob, c_entropy = ctx.kept
-        ctx.kept = None
         hidden, weight = matmul.operands(hidden_TH, weight_VH[: ctx.call.columns(weight_VH)])
-        gradient = shard_operations(logits.device.type).row_gradient_(
-            logits,
-            scalars,
-            columns,
-            c_logprob * d_loss,
-            None if c_entropy is None else c_entropy * d_loss,
-            ctx.call.temperature,
-            dtype=weight.dtype,
-        )
+        gradient = ctx.measured.gradient_(*ctx.coefficients, d_loss, weight.dtype)
+        ctx.measured = None
         d_hidden = d_weight = None
         if ctx.needs_input_grad[0]:
             d_hidden = matmul.hidden_gradient(gradient, weight, torch.empty_like(hidden_TH))
@@ -245,34 +258,25 @@ class _ChunkLoss(torch.autograd.Function):
         wants_hidden, wants_weight = (plan.with_gradient and wanted for wanted in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
         d_weight = weight_gradient.accumulator(weight_VH) if wants_weight else None
-        operations = shard_operations(weight.device.type)
         buffer = _Buffer(weight, min(plan.chunk, len(hidden)))
         loss = hidden.new_zeros((), dtype=torch.float32)
-        measured = []
+        parts = []
         for tokens in buffer.chunks(len(hidden)):
             logits = matmul.logits(hidden[tokens], weight, buffer.rows(tokens))
-            stats, scalars, columns = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
-            c_logprob, c_entropy = plan.coefficients(stats, tokens)
-            loss += _loss(stats, c_logprob, c_entropy)
-            measured.append(stats)
+            measured = _measure(logits, call, tokens, keep_logits=plan.entropy_gradient)
+            coefficients = plan.coefficients(measured.stats, tokens)
+            loss += _loss(measured.stats, *coefficients)
+            parts.append(measured.stats)
             if d_hidden is None and d_weight is None:
                 continue
-            gradient = operations.row_gradient_(
-                logits,
-                scalars,
-                columns,
-                c_logprob * plan.loss_scale,
-                None if c_entropy is None else c_entropy * plan.loss_scale,
-                call.temperature,
-                dtype=weight.dtype,
-            )
+            gradient = measured.gradient_(*coefficients, plan.loss_scale, weight.dtype)
             if d_hidden is not None:
                 matmul.hidden_gradient(gradient, weight, d_hidden[tokens])
             if d_weight is not None:
                 matmul.add_weight_gradient(d_weight[: len(weight)], gradient, hidden[tokens])
         ctx.save_for_backward(loss)  # nothing needs it; without it a second backward would find no one to refuse it
         ctx.d_hidden, ctx.d_weight, ctx.weight, ctx.loss_scale = d_hidden, d_weight, weight_VH, plan.loss_scale
-        return loss, *_outputs(ctx, _joined(measured))
+        return loss, *_outputs(ctx, _joined(parts))
 
     @staticmethod
     @once_differentiable

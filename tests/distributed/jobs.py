@@ -19,6 +19,7 @@ from megatron_dppo.backend.step import loss_pass, stats_pass
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.control import Control
 from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import Trainer
@@ -27,8 +28,21 @@ from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.sync import SharedImage
 
 
-def model_of(rank: Rank, path: Path, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> Model:
-    return load_model(path, rank, dtype, sequence_parallel=rank.parallel.tensor > 1, temperature=temperature)
+def model_of(
+    rank: Rank,
+    path: Path,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    head_memory: HeadMemory = HeadMemory(),
+) -> Model:
+    return load_model(
+        path,
+        rank,
+        dtype,
+        sequence_parallel=rank.parallel.tensor > 1,
+        temperature=temperature,
+        head_memory=head_memory,
+    )
 
 
 def numpy(tensor: Tensor | None) -> Any:
@@ -44,14 +58,26 @@ def policy_stats(rank: Rank, path: Path, batches: list[MicroBatch], temperature:
     ]
 
 
-def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) -> dict[str, np.ndarray]:
+def policy_gradients(
+    rank: Rank,
+    path: Path,
+    batches: list[list[MicroBatch]],
+    head_memory: HeadMemory = HeadMemory(),
+    overlap_grad_reduce: bool = False,
+) -> dict[str, np.ndarray]:
     """Gradients in Hugging Face coordinates after one loss pass: this rank's boxes, zeros elsewhere.
 
     `batches[replica]` are a replica's micro-batches; the coefficient of each token is its `advantage`, that of its
     entropy 0.1.
     """
-    model = model_of(rank, path)
-    optimizer = Optimizer(model.chunk, AdamSettings(lr=1e-3), dtype=torch.float32, distributed=False)
+    model = model_of(rank, path, head_memory=head_memory)
+    optimizer = Optimizer(
+        model.chunk,
+        AdamSettings(lr=1e-3),
+        dtype=torch.float32,
+        distributed=False,
+        overlap_grad_reduce=overlap_grad_reduce,
+    )
     model = replace(model, chunk=optimizer.model)
     optimizer.zero()
     mine = batches[rank.at.data]
@@ -68,12 +94,13 @@ def policy_gradients(rank: Rank, path: Path, batches: list[list[MicroBatch]]) ->
 
 def rl_steps(
     rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path
-) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+) -> tuple[dict[str, np.ndarray], list[dict[str, float | str]]]:
     """Two steps of the trainer on the same samples; the weights as it publishes them, and its metrics."""
     training = config.training
     optimizer_settings = AdamSettings(lr=training.lr, eps=training.eps)
     dtype = getattr(torch, config.model.dtype)
-    model = model_of(rank, path, dtype=dtype)
+    memory = HeadMemory(config.head.path, config.head.memory_bytes)
+    model = model_of(rank, path, dtype=dtype, head_memory=memory)
     optimizer = Optimizer(
         model.chunk, optimizer_settings, dtype=dtype, distributed=config.parallel.distributed_optimizer
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import policy_gradients
 from tests.distributed.rank_pool import RankPool
@@ -80,10 +81,28 @@ def _hub(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
-    parallel = LAYOUTS[layout]
+    check(ranks, checkpoint, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(("path", "overlap"), [("store", True), ("chunk", False), ("chunk", True)])
+@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "tp2_dp2_ep2"])
+@pytest.mark.parametrize("checkpoint", ["tied", "moe_and_dense"], indirect=True)
+def test_every_path_of_the_head(ranks: RankPool, checkpoint: Path, layout: str, path: str, overlap: bool) -> None:
+    """Into main_grad, with the embedding's own gradient where it is tied, before a reduction that may run already."""
+    memory = HeadMemory("store") if path == "store" else HeadMemory("chunk", 4 * 3 * 97)  # a few tokens
+    check(ranks, checkpoint, LAYOUTS[layout], memory, overlap)
+
+
+def check(
+    ranks: RankPool,
+    checkpoint: Path,
+    parallel: Parallel,
+    memory: HeadMemory = HeadMemory(),
+    overlap: bool = False,
+) -> None:
     batches = micro_batches()
     shares = [batches] if parallel.data == 1 else [batches[:2], batches[2:]]
-    answers = ranks.run(policy_gradients, parallel, checkpoint, shares)
+    answers = ranks.run(policy_gradients, parallel, checkpoint, shares, memory, overlap)
     expected = transformers_gradients(checkpoint, batches)
     assert expected.keys() == answers[0].keys()
     for name, gradient in expected.items():
