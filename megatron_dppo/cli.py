@@ -6,8 +6,11 @@ Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was star
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,6 +67,105 @@ def check(as_json: Annotated[bool, typer.Option("--json", help="For programs.")]
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         print_report(report)
+
+
+class DType(StrEnum):
+    """dtypes a conversion can produce."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Keys(StrEnum):
+    """How Megatron spells a checkpoint's tensors; see docs/conversion.md."""
+
+    stacked = "stacked"
+    per_layer = "per_layer"
+    singleton = "singleton"
+
+
+convert = typer.Typer(help="Hugging Face directory to Megatron checkpoint and back.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+Source = Annotated[Path, typer.Argument(help="The checkpoint to read.")]
+Destination = Annotated[Path, typer.Argument(help="A directory that is not there yet.")]
+ToDType = Annotated[DType | None, typer.Option("--dtype", help="Of the result; the source's if not given.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    source: Source,
+    destination: Destination,
+    keys: Annotated[Keys | None, typer.Option(help="Spelling of the tensors; Megatron's default if not given.")] = None,
+    dtype: ToDType = None,
+    workers: Workers = 1,
+) -> None:
+    """Write a Megatron torch_dist checkpoint of the Hugging Face directory SOURCE."""
+    from megatron_dppo.weights.convert import hf_to_megatron as run
+
+    with _user_errors("convert"):
+        run(source, destination, scheme=keys.value if keys else None, dtype=_torch_dtype(dtype), workers=workers)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    source: Source,
+    destination: Destination,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's Hugging Face directory, if SOURCE does not carry one.")
+    ] = None,
+    dtype: ToDType = None,
+    workers: Workers = 1,
+) -> None:
+    """Write a Hugging Face directory of the Megatron torch_dist checkpoint SOURCE."""
+    from megatron_dppo.weights.convert import megatron_to_hf as run
+
+    with _user_errors("convert"):
+        run(source, destination, config=config, dtype=_torch_dtype(dtype), workers=workers)
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(help="A checkpoint of either kind.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The model's Hugging Face directory, for Megatron checkpoints without one.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many differences to name.")] = 10,
+) -> None:
+    """Compare two checkpoints bit by bit; exit code 1 where they differ."""
+    from itertools import islice
+
+    from megatron_dppo.weights.checkpoint import open_checkpoint
+    from megatron_dppo.weights.verify import differences
+
+    with _user_errors("verify"):
+        first, second = open_checkpoint(a, config), open_checkpoint(b, config)
+        found = list(islice(differences(first, second), limit))
+    for line in found:
+        typer.echo(line)
+    if found:
+        raise typer.Exit(FAILED)
+    typer.echo(f"equal: {len(first.tensors)} tensors, bit by bit")
+
+
+def _torch_dtype(dtype: DType | None) -> Any:
+    import torch
+
+    return getattr(torch, dtype.value) if dtype else None
+
+
+@contextmanager
+def _user_errors(command: str) -> Iterator[None]:
+    """What the package raises for users as one line; a bug shows its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"megatron-dppo: {command}: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (OSError, ValueError) as error:
+        typer.echo(f"megatron-dppo: {command}: {error}", err=True)
+        raise typer.Exit(FAILED) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,286 @@
+"""Hugging Face directory to Megatron torch_dist checkpoint and back, streamed: memory holds one block a process.
+
+The work is cut into files before it begins. They are written in `DESTINATION.partial`, each under another name until it
+is complete; the directory is renamed when all are. What a job that was killed has finished is kept: the same call goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_dppo.architecture import load_architecture
+from megatron_dppo.weights import torch_dist
+from megatron_dppo.weights.checkpoint import (
+    CARRIED,
+    MegatronFiles,
+    carried_config,
+    check_tensors,
+    dequantised,
+    row_blocks,
+)
+from megatron_dppo.weights.global_tensors import (
+    BLOCK_BYTES,
+    Block,
+    KeyScheme,
+    content_metadata,
+    default_scheme,
+    extra_states,
+    global_blocks,
+)
+from megatron_dppo.weights.hub_files import INDEX_FILE, HubFiles, TensorInfo, header_bytes
+
+FILE_BYTES = 2 << 30
+WIDEST = 4  # bytes of an element, to size blocks before their dtypes are known
+ALWAYS_FLOAT32 = ("e_score_correction_bias",)  # routers' biases, which Megatron keeps in float32 too
+WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth", "*.pt", "*.gguf", "original", "onnx")  # not carried over
+Say = Callable[[str], None]
+
+
+def hf_to_megatron(
+    source: Path,
+    destination: Path,
+    *,
+    scheme: KeyScheme | None = None,
+    dtype: torch.dtype | None = None,
+    workers: int = 1,
+    say: Say = print,
+) -> None:
+    """Writes a torch_dist checkpoint that Megatron's dist_checkpointing loads at any layout.
+
+    `scheme`: how its tensors are spelled (`global_tensors`; None: Megatron's default while that scales). `dtype`: of
+    the result (None: the source's; float8 becomes bfloat16). The source's config and tokenizer go along, in `hf/`.
+    Raises ValueError and OSError naming the file and the tensor; the destination is there when it is complete.
+    """
+    arch = load_architecture(source)
+    scheme = scheme or default_scheme(arch)
+    files = HubFiles(source)
+    if skipped := check_tensors(files, arch):
+        say(f"{len(skipped)} tensors are left out, {skipped[0]} first: this package does not compute them")
+    blocks = sorted(global_blocks(arch, scheme, WIDEST), key=lambda b: _place(files, b))
+    parts = _cut(blocks, [b.rows * files.tensors[b.tensor].row_bytes for b in blocks])
+    with _partial(destination, _digest(files.tensors, scheme, dtype), say) as partial:
+        names = [f"__0_{index}.distcp" for index in range(len(parts))]
+        jobs = [
+            functools.partial(_write_chunks, source, partial / name, part, dtype)
+            for name, part in zip(names, parts, strict=True)
+            if not (partial / name).is_file()
+        ]
+        _run(jobs, workers, say)
+        chunks = [
+            (key, block.global_shape, block.offset, _result_dtype(block.tensor, files.tensors[block.tensor], dtype),
+             block.shape, name, *place)
+            for name, part in zip(names, parts, strict=True)
+            for block, place in zip(part, json.loads(_places_file(partial / name).read_text()), strict=True)
+            for key in block.keys
+        ]  # fmt: skip
+        blob = partial / "__0_extra.distcp"
+        torch.save([None], blob)
+        size = blob.stat().st_size
+        objects = [(key, blob.name, 0, size) for key in extra_states(arch, scheme)]
+        _carry(source, partial / CARRIED, dtype)
+        for name in names:
+            _places_file(partial / name).unlink()
+        common = {"content_metadata": content_metadata(scheme)}
+        torch_dist.write_description(partial, torch_dist.metadata_of(chunks, objects), common)
+    files.close()
+
+
+def megatron_to_hf(
+    source: Path,
+    destination: Path,
+    *,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    workers: int = 1,
+    say: Say = print,
+) -> None:
+    """Writes safetensors files with an index that transformers and vLLM load, config and tokenizer beside them.
+
+    `config`: the Hugging Face directory that describes the model, where the checkpoint does not carry one.
+    `dtype`, errors and completeness as in `hf_to_megatron`.
+    """
+    described = config or carried_config(source)
+    checkpoint = MegatronFiles(source, load_architecture(described))
+    tensors = {
+        name: TensorInfo(_result_dtype(name, info, dtype), info.shape) for name, info in checkpoint.tensors.items()
+    }
+    parts = _cut(list(tensors), [info.nbytes for info in tensors.values()])
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    if len(parts) == 1:
+        names = ["model.safetensors"]
+    signature = {name: checkpoint.tensors[name] for name in tensors}
+    with _partial(destination, _digest(signature, source.resolve(), _changed(source), dtype), say) as partial:
+        jobs = [
+            functools.partial(_write_tensors, source, described, partial / name, {n: tensors[n] for n in part})
+            for name, part in zip(names, parts, strict=True)
+            if not (partial / name).is_file()
+        ]
+        _run(jobs, workers, say)
+        _carry(described, partial, dtype)
+        if len(parts) > 1:
+            weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+            total = sum(info.nbytes for info in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    checkpoint.close()
+
+
+def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtype: torch.dtype | None) -> None:
+    """One data file, and beside it where its chunks lie."""
+    torch.serialization.set_crc32_options(False)  # torch does not read it back
+    files = HubFiles(source)
+    buffer = torch.empty(BLOCK_BYTES + max(files.tensors[b.tensor].row_bytes for b in blocks), dtype=torch.uint8)
+    places = []
+    with _written(path) as out:
+        for block in blocks:
+            rows = _converted(files, block, buffer, dtype)
+            start = out.tell()
+            torch.save(rows.view(block.shape), out)
+            places.append((start, out.tell() - start))
+        _places_file(path).write_text(json.dumps(places))  # before the data file gets its name
+    files.close()
+
+
+def _converted(files: HubFiles, block: Block, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
+    rows = files.read_rows(block.tensor, block.row, block.rows, buffer)
+    wanted = _result_dtype(block.tensor, files.tensors[block.tensor], dtype)
+    if rows.dtype == torch.float8_e4m3fn:
+        rows = dequantised(rows, block.row, block.tensor, files)
+    return rows.to(wanted)
+
+
+def _write_tensors(source: Path, config: Path, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """One safetensors file."""
+    checkpoint = MegatronFiles(source, load_architecture(config))
+    buffer = torch.empty(BLOCK_BYTES + max(t.row_bytes for t in checkpoint.tensors.values()), dtype=torch.uint8)
+    with _written(path) as out:
+        out.write(header_bytes(tensors))
+        for name, info in tensors.items():
+            for row, rows in row_blocks(checkpoint.tensors[name]):
+                block = checkpoint.read_rows(name, row, rows, buffer).to(info.dtype)
+                out.write(block.reshape(-1).view(torch.uint8).numpy().data)
+    checkpoint.close()
+
+
+def _result_dtype(name: str, info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
+    if info.dtype == torch.float8_e4m3fn:
+        return dtype or torch.bfloat16
+    if dtype is None or not info.dtype.is_floating_point or name.endswith(ALWAYS_FLOAT32):
+        return info.dtype
+    return dtype
+
+
+def _place(files: HubFiles, block: Block) -> tuple[Path, int]:
+    stored = files.tensors[block.tensor]
+    return stored.file, stored.offset + block.row * stored.row_bytes
+
+
+def _places_file(path: Path) -> Path:
+    return path.with_suffix(".places.json")
+
+
+def _cut(items: Sequence[Any], nbytes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive items in groups of at most FILE_BYTES, or of one."""
+    groups: list[list[Any]] = []
+    size = 0
+    for item, n in zip(items, nbytes, strict=True):
+        if not groups or size + n > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += n
+    return groups
+
+
+def _run(jobs: Sequence[Callable[[], None]], workers: int, say: Say) -> None:
+    """The first error ends it; the jobs that are done stay done."""
+    if workers <= 1 or len(jobs) <= 1:
+        for done, job in enumerate(jobs):
+            job()
+            say(f"{done + 1} of {len(jobs)} files")
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        try:
+            for done, future in enumerate([pool.submit(job) for job in jobs]):
+                future.result()
+                say(f"{done + 1} of {len(jobs)} files")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _digest(tensors: Mapping[str, TensorInfo], *options: Any) -> str:
+    """Of everything that decides what is written."""
+    text = repr((sorted((name, repr(info)) for name, info in tensors.items()), options))
+    files = sorted({info.file for info in tensors.values() if hasattr(info, "file")})
+    text += repr([(file.resolve(), _changed(file)) for file in files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+@contextmanager
+def _partial(destination: Path, digest: str, say: Say) -> Iterator[Path]:
+    """`DESTINATION.partial`, renamed to `destination` at the end; kept, for the next try, when something fails."""
+    if destination.exists():
+        raise FileExistsError(f"{destination}: it is there already, expected a new directory")
+    partial = destination.with_name(destination.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (destination.with_name(destination.name + ".lock")).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{partial}: another process is writing there") from None
+        plan = partial / "plan"
+        if not plan.is_file() or plan.read_text() != digest:
+            shutil.rmtree(partial)
+            partial.mkdir()
+            plan.write_text(digest)
+        elif finished := [f for f in partial.iterdir() if f.suffix in (".distcp", ".safetensors")]:
+            say(f"going on after {len(finished)} files of an earlier try")
+        yield partial
+        plan.unlink()
+        os.replace(partial, destination)
+        Path(lock.name).unlink()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name once its bytes are on the disk."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb", buffering=1 << 20) as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno or 0)}") from error
+
+
+def _carry(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
+    """Everything but weights; config.json without the source's quantisation, and with the new dtype."""
+    shutil.copytree(source, destination, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+    config = json.loads((destination / "config.json").read_text())
+    quantised = config.pop("quantization_config", None) is not None
+    if dtype is not None or quantised:
+        config.pop("torch_dtype", None)  # the older name
+        config["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
+    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,186 @@
+"""Safetensors files of a Hugging Face directory, read and written by byte ranges: memory holds one block at a time.
+
+The safetensors package maps whole files, and what is mapped counts as resident; here a block is read into a buffer of
+the caller's. The format: 8 bytes with the header's length, a JSON header (name -> dtype, shape, data_offsets), data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype and shape of a hub tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """Where it lies: `offset` bytes into `file`."""
+
+    file: Path
+    offset: int
+
+
+class HubFiles:
+    """All tensors of a Hugging Face directory: `tensors[name]`, and `read_rows`.
+
+    Raises FileNotFoundError where there are no safetensors, and ValueError for a header that cannot be read, a file
+    shorter or longer than its header says, a tensor in two files, and an index that does not say where tensors are.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tensors: dict[str, StoredTensor] = {}
+        self._descriptors: dict[Path, int] = {}
+        index = root / INDEX_FILE
+        placed = _weight_map(index) if index.is_file() else None
+        files = sorted(root.glob("*.safetensors")) if placed is None else sorted({root / f for f in placed.values()})
+        if not files:
+            raise FileNotFoundError(f"{root}: got no .safetensors files, expected a Hugging Face model directory")
+        for file in files:
+            for name, stored in read_header(file).items():
+                if name in self.tensors:
+                    raise ValueError(f"{file}: tensor {name} is in {self.tensors[name].file.name} too")
+                self.tensors[name] = stored
+        if placed is not None:
+            self._check_index(index, placed)
+
+    def _check_index(self, index: Path, placed: Mapping[str, str]) -> None:
+        for name, file in placed.items():
+            if name not in self.tensors:
+                raise ValueError(f"{index}: it names tensor {name} in {file}, which has no such tensor")
+            if self.tensors[name].file.name != file:
+                raise ValueError(f"{index}: it names tensor {name} in {file}, it is in {self.tensors[name].file.name}")
+        if unnamed := sorted(self.tensors.keys() - placed.keys()):
+            raise ValueError(f"{index}: it does not name tensor {unnamed[0]} of {self.tensors[unnamed[0]].file.name}")
+
+    def read_rows(self, name: str, row: int, rows: int, buffer: Tensor) -> Tensor:
+        """Rows `row .. row + rows` in the stored dtype, in the memory of `buffer` (uint8, large enough)."""
+        stored = self.tensors[name]
+        out = buffer[: rows * stored.row_bytes]
+        read_exactly(self._descriptor(stored.file), stored.offset + row * stored.row_bytes, out, stored.file)
+        return typed(buffer, stored.dtype, (rows, *stored.shape[1:]))
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index}: got no weight_map, expected JSON with tensor names and their files") from None
+    for file in weight_map.values():
+        if Path(file).name != file:
+            raise ValueError(f"{index}: got the file {file!r}, expected one of the same directory")
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index}: it names the file {file}, which is not there")
+    return dict(weight_map)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file; raises ValueError naming the file and what is wrong with it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER_BYTES
+        if length >= min(size, MAX_HEADER_BYTES):
+            raise ValueError(f"{file}: got {size} bytes, expected a safetensors file (its header does not fit)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file}: its header is not JSON, expected a safetensors file") from None
+    header.pop("__metadata__", None)
+    tensors, start = {}, 8 + length
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: {name}: got dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        first, last = entry["data_offsets"]
+        stored = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), file, start + first)
+        if last - first != stored.nbytes:
+            got, expected = last - first, stored.nbytes
+            raise ValueError(f"{file}: {name}: got {got} bytes, expected {expected} for shape {stored.shape}")
+        if start + last > size:
+            raise ValueError(f"{file}: truncated: got {size} bytes, expected at least {start + last} ({name})")
+        tensors[name] = stored
+    return tensors
+
+
+def read_exactly(descriptor: int, offset: int, out: Tensor, file: Path) -> None:
+    """Fills `out` (contiguous uint8) with the bytes at `offset`; raises ValueError where the file ends before."""
+    view = _memory(out)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count <= 0:
+            raise ValueError(f"{file}: truncated: got {offset + done} bytes, expected at least {offset + len(view)}")
+        done += count
+
+
+def typed(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The head of a uint8 buffer as a tensor with no larger storage than its own: torch.save writes whole storages."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_memory(buffer[: count * dtype.itemsize]), dtype=dtype).view(shape)
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """The head of a safetensors file whose data are these tensors one after the other."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in tensors.items():
+        span = [offset, offset + info.nbytes]
+        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": span}
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
