@@ -45,7 +45,8 @@ def transformer_config(
             "num_moe_experts": arch.num_experts,
             "moe_router_topk": arch.num_experts_per_tok,
             "moe_ffn_hidden_size": arch.moe_intermediate_size,
-            "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
+            # A list makes Megatron spell checkpoints layer by layer, even where all layers are alike.
+            "moe_layer_freq": 1 if all(arch.moe_layers) else [int(is_moe) for is_moe in arch.moe_layers],
             # softmax over the chosen experts equals softmax over all, chosen and renormalised
             "moe_router_pre_softmax": not arch.norm_topk_prob,
             "moe_router_load_balancing_type": "none",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.weights.global_tensors import BLOCK_BYTES, Block, KeyScheme, global_blocks
+from megatron_dppo.weights.global_tensors import BLOCK_BYTES, SCHEMES, Block, KeyScheme, global_blocks
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, typed
 from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.torch_dist import COMPLETE_FILE, TorchDistFiles
@@ -18,7 +18,6 @@ from megatron_dppo.weights.torch_dist import COMPLETE_FILE, TorchDistFiles
 CARRIED = "hf"  # in a Megatron checkpoint: the Hugging Face directory without its weights
 SCALE = "_scale_inv"  # of `X.weight` in float8, `X.weight_scale_inv`: one factor for each tile
 TILE = 128
-SCHEMES: tuple[KeyScheme, ...] = ("stacked", "per_layer", "singleton")
 
 
 class Checkpoint(Protocol):

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.weights.mapping import Entry, Run, entries
 
 KeyScheme = Literal["stacked", "per_layer", "singleton"]
+SCHEMES: tuple[KeyScheme, ...] = get_args(KeyScheme)
 BLOCK_BYTES = 64 << 20  # the most that is in memory at once
 MANY_EXPERTS = 1024  # layers x experts beyond which Megatron's loading of stacked tensors takes minutes
 # Norms that Transformer Engine keeps inside the linear layer behind them; Megatron's other specs follow, or not.

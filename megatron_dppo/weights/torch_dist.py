@@ -41,6 +41,9 @@ ALLOWED = {
     "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "float8_e4m3fn"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",  # Megatron keeps its plans
+    },
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
@@ -233,7 +236,7 @@ class _Window(io.RawIOBase):
 
 
 def _data_offset(view: _Window, entry: zipfile.ZipInfo) -> int:
-    """Where a stored entry's bytes begin. Not through ZipFile.open, which checks a checksum that torch need not write."""
+    """Where a stored entry's bytes begin. ZipFile.open would check a checksum that torch need not write."""
     view.seek(entry.header_offset + 26)
     name, extra = int.from_bytes(view.read(2), "little"), int.from_bytes(view.read(2), "little")
     return entry.header_offset + 30 + name + extra

@@ -6,12 +6,15 @@ A job is a module-level function `job(parallel, *args)`; it runs on every rank w
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
+
+import psutil
 
 from megatron_dppo.processes import free_port
 from megatron_dppo.weights.layout import Parallel
@@ -27,8 +30,9 @@ class RankPool:
         self._pipes, self._processes = [], []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,))  # not a daemon: Megatron's save starts processes
             process.start()
+            theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -57,9 +61,24 @@ class RankPool:
         return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
+        """Ranks end when their pipes do; what has not ended then is killed, with what it started."""
+        descendants = [child for p in self._processes if p.pid and p.is_alive() for child in _children(p.pid)]
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(timeout=2.0)
             process.kill()
             process.join()
+        for child in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _serve(pipe: Any) -> None:

@@ -1,0 +1,96 @@
+"""Checkpoints that we write load by Megatron's own dist_checkpointing at any layout, and what it saves we read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dppo.architecture import load_architecture
+from megatron_dppo.backend.model import load_model
+from megatron_dppo.backend.parallel import Rank
+from megatron_dppo.weights.checkpoint import open_checkpoint
+from megatron_dppo.weights.convert import hf_to_megatron, megatron_to_hf
+from megatron_dppo.weights.global_tensors import SCHEMES, KeyScheme, content_metadata
+from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.verify import differences
+from tests.distributed.jobs import numpy
+from tests.distributed.rank_pool import RankPool
+from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+
+MODELS = {
+    "moe": {"vocab_size": 97},
+    "dense_among_moe": {"num_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": (3,)},
+    "tied_one_kv_head": {"tie_word_embeddings": True, "num_kv_heads": 1, "vocab_size": 64},
+}
+LAYOUTS = {
+    "single": Parallel(),
+    "tp2_ep2": Parallel(tensor=2, expert=2, ranks=2),
+    "etp2": Parallel(tensor=2, expert_tensor=2, ranks=2),
+    "pp2": Parallel(pipeline=2, ranks=2),
+    "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param) / "hf"
+    return write_checkpoint(path, tiny_model(tiny_config(**MODELS[request.param]), seed=11))
+
+
+def schemes(checkpoint: Path) -> list[KeyScheme]:
+    """Megatron has no stacked spelling where dense and MoE layers mix."""
+    mixed = len(set(load_architecture(checkpoint).moe_layers)) > 1
+    return [scheme for scheme in SCHEMES if scheme != "stacked" or not mixed]
+
+
+def load_by_megatron(rank: Rank, hf: Path, megatron: Path) -> None:
+    """Asserts that every parameter loaded from the torch_dist checkpoint has the bits loaded from the hub's files."""
+    from megatron.core import dist_checkpointing
+
+    model = load_model(hf, rank, torch.float32, sequence_parallel=rank.parallel.tensor > 1)
+    expected = {name: numpy(p) for name, p in model.parameters.items()}
+    for p in model.parameters.values():
+        p.data.fill_(torch.nan)
+    common = dist_checkpointing.load_common_state_dict(str(megatron))
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    state = dist_checkpointing.load(model.chunk.sharded_state_dict(metadata=metadata), str(megatron))
+    state.pop("content_metadata", None)
+    model.chunk.load_state_dict(state, strict=True)
+    vocabulary = model.arch.vocab_size
+    for name, p in model.parameters.items():
+        rows = slice(None)
+        if name.startswith(("embedding.", "output_layer.")):  # padding rows are anything
+            rows = slice(0, max(0, min(len(p), vocabulary - rank.at.tensor * len(p))))
+        assert torch.equal(p[rows], torch.from_numpy(expected[name])[rows]), name
+
+
+def save_by_megatron(rank: Rank, hf: Path, megatron: Path, scheme: KeyScheme) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    model = load_model(hf, rank, torch.float32, sequence_parallel=rank.parallel.tensor > 1)
+    metadata = content_metadata(scheme)
+    state: dict[str, Any] = model.chunk.sharded_state_dict(metadata=metadata)
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(megatron), sharded_strategy=strategy, content_metadata=metadata)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_loads_what_we_write(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    for scheme in schemes(checkpoint):
+        hf_to_megatron(checkpoint, tmp_path / scheme, scheme=scheme, say=lambda _: None)
+        ranks.run(load_by_megatron, LAYOUTS[layout], checkpoint, tmp_path / scheme)
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2_pp2", "etp2"])
+def test_we_read_what_megatron_saves(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    for scheme in schemes(checkpoint):
+        megatron, back = tmp_path / scheme, tmp_path / f"{scheme}_hf"
+        megatron.mkdir()
+        ranks.run(save_by_megatron, LAYOUTS[layout], checkpoint, megatron, scheme)
+        megatron_to_hf(megatron, back, config=checkpoint, say=lambda _: None)
+        assert list(differences(open_checkpoint(checkpoint), open_checkpoint(back))) == []
+        assert list(differences(open_checkpoint(checkpoint), open_checkpoint(megatron, checkpoint))) == []
