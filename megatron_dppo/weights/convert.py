@@ -71,7 +71,10 @@ def hf_to_megatron(
     files = HubFiles(source)
     if skipped := check_tensors(files, arch):
         say(f"{len(skipped)} tensors are left out, {skipped[0]} first: this package does not compute them")
+    if dtype is None and any(info.dtype == torch.float8_e4m3fn for info in files.tensors.values()):
+        dtype = torch.bfloat16
     blocks = sorted(global_blocks(arch, scheme, WIDEST), key=lambda b: _place(files, b))
+    _check_dtypes(blocks, files, dtype)
     parts = _cut(blocks, [b.rows * files.tensors[b.tensor].row_bytes for b in blocks])
     with _partial(destination, _digest(files.tensors, scheme, dtype), say) as partial:
         names = [f"__0_{index}.distcp" for index in range(len(parts))]
@@ -178,11 +181,22 @@ def _write_tensors(source: Path, config: Path, path: Path, tensors: Mapping[str,
 
 
 def _result_dtype(name: str, info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
-    if info.dtype == torch.float8_e4m3fn:
-        return dtype or torch.bfloat16
     if dtype is None or not info.dtype.is_floating_point or name.endswith(ALWAYS_FLOAT32):
         return info.dtype
     return dtype
+
+
+def _check_dtypes(blocks: Sequence[Block], files: HubFiles, dtype: torch.dtype | None) -> None:
+    """A Megatron tensor is made of several hub tensors, and has one dtype."""
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for block in blocks:
+        own = _result_dtype(block.tensor, files.tensors[block.tensor], dtype)
+        name, other = first.setdefault(block.keys[0], (block.tensor, own))
+        if own != other:
+            raise ValueError(
+                f"{files.root}: {name} is {other} and {block.tensor} {own}, expected one dtype: they are one tensor in "
+                "Megatron; choose one with --dtype"
+            )
 
 
 def _place(files: HubFiles, block: Block) -> tuple[Path, int]:
