@@ -17,7 +17,9 @@ from megatron_dppo.weights.mapping import Entry, Run, entries
 class Parallel:
     """How `ranks` processes split a model: Megatron's degrees of parallelism.
 
-    Experts are split over their own grid of the same ranks: `expert` x `expert_tensor` x expert-data replicas.
+    Experts are split over their own grid of the same ranks: `expert` x `expert_tensor` x expert-data replicas. With
+    `virtual` > 1 each pipeline rank holds as many chunks of layers, chunk v of rank p being number v x pipeline + p in
+    the depth of the model. `chunk_layers`: layers of each chunk in that order (0 allowed); None: all alike.
     """
 
     tensor: int = 1
@@ -25,9 +27,11 @@ class Parallel:
     expert_tensor: int = 1
     pipeline: int = 1
     ranks: int = 1
+    virtual: int = 1
+    chunk_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks"):
+        for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks", "virtual"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}: got {getattr(self, name)}, expected at least 1")
         for name, size in (
@@ -36,6 +40,13 @@ class Parallel:
         ):
             if self.ranks % size:
                 raise ValueError(f"parallel: {name} = {size}, expected a divisor of ranks = {self.ranks}")
+        if self.chunk_layers is not None and len(self.chunk_layers) != self.pipeline * self.virtual:
+            raise ValueError(
+                f"parallel.chunk_layers: got {len(self.chunk_layers)} numbers, expected pipeline x virtual = "
+                f"{self.pipeline * self.virtual}"
+            )
+        if self.virtual > 1 and self.pipeline == 1:
+            raise ValueError(f"parallel.virtual: got {self.virtual}, expected 1 with one pipeline stage")
 
     @property
     def data(self) -> int:
@@ -75,12 +86,24 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return (vocab_size + multiple - 1) // multiple * multiple
 
 
-def stage_layers(num_layers: int, parallel: Parallel, pipeline_rank: int) -> range:
-    """Global indices of the layers of one pipeline stage; raises ValueError where they do not divide evenly."""
-    per_stage, rest = divmod(num_layers, parallel.pipeline)
+def chunk_layers(num_layers: int, parallel: Parallel, pipeline_rank: int, chunk: int = 0) -> range:
+    """Global indices of the layers in one chunk of one pipeline rank.
+
+    Raises ValueError where the layers do not divide evenly, or `parallel.chunk_layers` are not that many.
+    """
+    number = chunk * parallel.pipeline + pipeline_rank
+    chunks = parallel.pipeline * parallel.virtual
+    if parallel.chunk_layers is not None:
+        if sum(parallel.chunk_layers) != num_layers:
+            total = sum(parallel.chunk_layers)
+            raise ValueError(f"parallel.chunk_layers: got {total} layers in all, expected the model's {num_layers}")
+        start = sum(parallel.chunk_layers[:number])
+        return range(start, start + parallel.chunk_layers[number])
+    each, rest = divmod(num_layers, chunks)
     if rest:
-        raise ValueError(f"parallel.pipeline: got {parallel.pipeline}, expected a divisor of {num_layers} layers")
-    return range(pipeline_rank * per_stage, (pipeline_rank + 1) * per_stage)
+        name = "pipeline" if parallel.virtual == 1 else "pipeline x virtual"
+        raise ValueError(f"parallel.{name}: got {chunks}, expected a divisor of {num_layers} layers")
+    return range(number * each, (number + 1) * each)
 
 
 @dataclass(frozen=True)
@@ -115,32 +138,37 @@ def megatron_layout(
 ) -> Iterator[Piece]:
     """The pieces of one rank's parameters, in the order of the mapping table.
 
-    Names are relative to the stage's GPTModel (`decoder.layers.0...` is the stage's first layer). Padding of the
-    vocabulary belongs to no piece. Raises ValueError where a degree of parallelism does not divide the model.
+    Names are relative to the stage's GPTModel (`decoder.layers.0...` is the stage's first layer); with several chunks
+    `chunk<v>.` stands in front. Padding of the vocabulary belongs to no piece. Raises ValueError where a degree of
+    parallelism does not divide the model.
     """
     at = coordinates(parallel, rank)
-    layers = stage_layers(arch.num_layers, parallel, at.pipeline)
-    for entry in entries(arch, padded_vocab_size(arch.vocab_size, parallel.tensor), transformer_engine):
-        name = _local_name(entry, arch, parallel, at, layers)
-        if name is not None:
-            yield from _pieces(entry, name, parallel, at, computing_copy=_is_tied_head(entry, arch))
+    for chunk in range(parallel.virtual):
+        prefix = f"chunk{chunk}." if parallel.virtual > 1 else ""
+        layers = chunk_layers(arch.num_layers, parallel, at.pipeline, chunk)
+        for entry in entries(arch, padded_vocab_size(arch.vocab_size, parallel.tensor), transformer_engine):
+            name = _local_name(entry, arch, parallel, at, layers, chunk)
+            if name is not None:
+                yield from _pieces(entry, prefix + name, parallel, at, computing_copy=_is_tied_head(entry, arch))
 
 
 def _is_tied_head(entry: Entry, arch: Architecture) -> bool:
     return entry.param == "output_layer.weight" and arch.tie_word_embeddings
 
 
-def _local_name(entry: Entry, arch: Architecture, parallel: Parallel, at: Coordinates, layers: range) -> str | None:
-    """The parameter's name on this rank, or None where another stage or expert rank holds it."""
-    last = parallel.pipeline - 1
+def _local_name(
+    entry: Entry, arch: Architecture, parallel: Parallel, at: Coordinates, layers: range, chunk: int
+) -> str | None:
+    """The parameter's name in this chunk, or None where another chunk, stage or expert rank holds it."""
+    number, last = chunk * parallel.pipeline + at.pipeline, parallel.pipeline * parallel.virtual - 1
     if entry.param.startswith("embedding."):
-        return entry.param if at.pipeline == 0 else None
+        return entry.param if number == 0 else None
     if entry.param == "output_layer.weight":
         # With one stage a tied head is the embedding itself, not a parameter of its own.
         absent = arch.tie_word_embeddings and last == 0
-        return entry.param if at.pipeline == last and not absent else None
+        return entry.param if number == last and not absent else None
     if entry.layer is None:
-        return entry.param if at.pipeline == last else None
+        return entry.param if number == last else None
     if entry.layer not in layers:
         return None
     local_expert = 0
