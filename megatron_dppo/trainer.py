@@ -5,6 +5,7 @@ Each step: wait for scored samples -> gradient steps on their minibatches -> new
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -185,7 +186,8 @@ def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
             total += torch.stack([result[name].double() if name in result else total.new_zeros(()) for name in names])
     dist.all_reduce(total)
     value = dict(zip(names, total.tolist(), strict=True))
-    tokens, positive, negative = (max(value[name], 1.0) for name in ("tokens", "positive", "negative"))
+    positive, negative = (max(value[name], 1.0) for name in ("positive", "negative"))
+    tokens = value["tokens"] or math.nan  # where all were skipped, nothing was measured
     return {
         "loss": value["loss"] / max(value["count"], 1.0),
         "tokens": value["tokens"],

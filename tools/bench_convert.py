@@ -158,10 +158,10 @@ def main() -> None:
     print(f"{size:.2f} GiB, {layers} layers of Qwen3-30B-A3B, bfloat16; bit-exact there and back: {exact}")
     print(f"  {'':8}{'seconds':>9}{'GiB/s':>8}{'over copy':>11}{'spread':>13}{'peak GiB':>10}")
     ratios = {}
-    for name, taken in seconds.items():
-        over = sorted(c / t for c, t in zip(seconds["copy"], taken, strict=True))
+    for name, of_rounds in seconds.items():
+        over = sorted(c / t for c, t in zip(seconds["copy"], of_rounds, strict=True))
         ratios[name] = round(statistics.median(over), 3)
-        middle = statistics.median(taken)
+        middle = statistics.median(of_rounds)
         spread = f"{over[0]:.2f}-{over[-1]:.2f}"
         print(f"  {name:8}{middle:9.2f}{size / middle:8.2f}{ratios[name]:11.2f}{spread:>13}{peaks[name]:10.2f}")
     if arguments.json:

@@ -7,7 +7,7 @@ gradient, and the head with its loss, from hidden states to the gradients of hid
 yields the log-prob alone; ours also the entropy and K + 1 log-probs. Weight gradients end in a float32 `main_grad`, as
 under Megatron's data parallelism. All contenders take turns in every round; a ratio is the median over the rounds of
 the ratio within a round. Times are CPU seconds of a rank (without a GPU) or milliseconds (with one); the peak is what
-is resident beyond inputs, the gradient of the hidden states and `main_grad`.
+is resident beyond inputs and `main_grad` (the ratio in the JSON leaves out the hidden states' gradient too).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.model import Model, head_weight
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
-from megatron_dppo.head.rows import counted_rows
+from megatron_dppo.head.rows import counted_rows, to_device
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and replicas
 # (index of the micro-batch, statistics of a range of its tokens, the range)
@@ -33,12 +33,12 @@ def loss_pass(
     The loss of a micro-batch is -sum_t weight_t (c_logprob_t log pi(y_t) + c_entropy_t H_t); the sum over all
     micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). `coefficient_fn` may
     return c_entropy only with `entropy_gradient`, and sees a micro-batch in one range or several. Returns one dict
-    of sums a micro-batch on the ranks of the last stage, nothing elsewhere. Collectives: Megatron's.
+    of sums a micro-batch on the ranks of the last stage, nothing elsewhere. Collectives: Megatron's and the head's.
     """
 
     def lose(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Sums]:
         weight = head_weight(model.chunk)
-        importance = torch.from_numpy(batch.weight).to(model.device)
+        importance = to_device(batch.weight, model.device)
         sums: Sums = {}
 
         def coefficients(stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor | None]:
@@ -48,14 +48,14 @@ def loss_pass(
             share = -importance[tokens]
             return share * c_logprob, None if c_entropy is None else share * c_entropy
 
-        target, topk_ids = _ids(batch, model.device)
+        target, topk_ids = _ids(batch, model)
         loss, _ = policy_loss(
             _counted_rows(hidden, batch, model), weight, target, topk_ids, coefficients,
             shard=model.shard(weight), temperature=model.temperature,
             entropy_gradient=entropy_gradient, memory=model.head_memory,
         )  # fmt: skip
-        count = torch.tensor(batch.count, dtype=torch.int, device=model.device)
-        skipped = torch.tensor(batch.skipped, device=model.device)
+        count = torch.full((), batch.count, dtype=torch.int, device=model.device)
+        skipped = torch.full((), batch.skipped, device=model.device)
         return loss, count, sums | {"loss": loss.detach(), "count": count.detach().clone(), "skipped": skipped}
 
     return _run(model, micro_batches, lose, forward_only=False)
@@ -67,7 +67,7 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
 
     def measure(_: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         weight = head_weight(model.chunk)
-        target, topk_ids = _ids(batch, model.device)
+        target, topk_ids = _ids(batch, model)
         stats = token_stats(
             _counted_rows(hidden, batch, model), weight, target, topk_ids,
             shard=model.shard(weight), temperature=model.temperature, memory=model.head_memory,
@@ -84,7 +84,7 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
 
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         index, batch = next(batches)
-        input_ids = torch.from_numpy(batch.input_ids).to(model.device)
+        input_ids = to_device(batch.input_ids, model.device)
         positions = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)
         output = chunk(input_ids, positions, attention_mask=None)
         return output, lambda hidden: last_stage(index, batch, hidden)
@@ -106,6 +106,14 @@ def _counted_rows(hidden_BSH: Tensor, batch: MicroBatch, model: Model) -> Tensor
     return counted_rows(hidden_NH, batch.row, model.rank.tensor_group, sequence_parallel=model.config.sequence_parallel)
 
 
-def _ids(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    topk = None if batch.topk_ids is None else torch.from_numpy(batch.topk_ids).to(device)
-    return torch.from_numpy(batch.target).to(device), topk
+def _ids(batch: MicroBatch, model: Model) -> tuple[Tensor, Tensor | None]:
+    """Targets and Top-K ids on the device; checked here, on the host, since the head would have to wait for a GPU.
+
+    Raises ValueError for an id outside of the vocabulary (-1: an absent Top-K entry).
+    """
+    for name, ids, least in (("target", batch.target, 0), ("topk_ids", batch.topk_ids, -1)):
+        if ids is not None and ids.size and not least <= ids.min() <= ids.max() < model.arch.vocab_size:
+            got, last = f"{ids.min()}..{ids.max()}", model.arch.vocab_size - 1
+            raise ValueError(f"{name}: got ids {got}, expected {least}..{last}; is the engine's model this one?")
+    topk = None if batch.topk_ids is None else to_device(batch.topk_ids, model.device)
+    return to_device(batch.target, model.device), topk

@@ -21,7 +21,7 @@ Normaliser = Literal["tokens", "sequences", "constant"]
 Plan = list[list[list[list[int]]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Sequences padded on the right to one length, and what is known of their counted tokens.
 

@@ -69,7 +69,8 @@ def token_stats(
 
     Collectives over `shard.group`, for each chunk of tokens: one all-gather of 4 fp32 a token and, with Top-K ids,
     one sum all-reduce of K fp32 a token.
-    Raises ValueError for shapes that do not fit, ids outside the vocabulary and temperatures <= 0.
+    Raises ValueError for shapes that do not fit, ids outside the vocabulary and temperatures <= 0; for ids on a GPU
+    that is an assertion on the device, since looking at them would wait for it (`backend/step.py` checks them before).
     """
     call = _Call(targets_T, topk_ids_TK, shard, temperature)
     _check(hidden_TH, weight_VH, call)
@@ -111,7 +112,8 @@ def policy_loss(
     Keeps for backward: fp32 [T, V/TP] logits (store), or the gradient [T, H] of the hidden states (chunk), and the
     fp32 gradient of the weight where it has no `main_grad`.
     Raises as `token_stats`. Backward raises RuntimeError for a retained graph (`retain_graph`, `create_graph`), whose
-    logits have been overwritten, and on the chunk path for an upstream gradient that is not `loss_scale`.
+    logits have been overwritten, and on the chunk path for an upstream gradient that is not `loss_scale` (on a GPU an
+    assertion on the device).
     """
     call = _Call(targets_T, topk_ids_TK, shard, temperature)
     _check(hidden_TH, weight_VH, call)
@@ -217,7 +219,8 @@ def _measure(logits_TV: Tensor, call: _Call, tokens: slice, *, keep_logits: bool
 
 
 def _loss(stats: TokenStats, c_logprob: Tensor, c_entropy: Tensor | None) -> Tensor:
-    loss = (c_logprob * stats.logprob).sum()
+    # A blocked token may have become impossible: 0 times its log-prob of -inf is 0.
+    loss = torch.where(c_logprob == 0, 0.0, c_logprob * stats.logprob).sum()
     return loss if c_entropy is None else loss + (c_entropy * stats.entropy).sum()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # 2 MiB of float32, within a core's cache; few launches on a GPU
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # 2 MiB of float32, within a core's cache; few launches on a GPU
 LOWEST = -1e30  # finite, and 0 times it is 0: what an impossible column's -inf becomes
 
 

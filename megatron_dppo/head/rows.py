@@ -12,6 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device; from pinned memory on a GPU, where a plain copy would wait for all work in flight."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def counted_rows(
     hidden_NH: Tensor, rows: npt.NDArray[np.int64], group: dist.ProcessGroup | None, *, sequence_parallel: bool
 ) -> Tensor:
@@ -27,9 +33,9 @@ def counted_rows(
     """
     size = 1 if group is None else dist.get_world_size(group)
     if size == 1:
-        return hidden_NH.index_select(0, torch.from_numpy(rows).to(hidden_NH.device))
+        return hidden_NH.index_select(0, to_device(rows, hidden_NH.device))
     if not sequence_parallel:
-        counted = hidden_NH.index_select(0, torch.from_numpy(rows).to(hidden_NH.device))
+        counted = hidden_NH.index_select(0, to_device(rows, hidden_NH.device))
         return _SumGradient.apply(counted, group)
     owner, local = np.divmod(rows, len(hidden_NH))
     counts = np.bincount(owner, minlength=size)
@@ -43,7 +49,7 @@ def counted_rows(
     mine = np.zeros(most, np.int64)  # what pads it is any row: it is never read
     mine[: counts[dist.get_rank(group)]] = local[owner == dist.get_rank(group)]
     device = hidden_NH.device
-    return _GatherRows.apply(hidden_NH, torch.from_numpy(mine).to(device), torch.from_numpy(place).to(device), group)
+    return _GatherRows.apply(hidden_NH, to_device(mine, device), to_device(place, device), group)
 
 
 class _SumGradient(torch.autograd.Function):

@@ -151,5 +151,5 @@ CASES: dict[str, Callable[[], Case]] = {
     "whole_shards_of_padding": lambda: make_case(vocab_size=50),
     "no_padding": lambda: make_case(vocab_size=PADDED),
     "huge_logits": lambda: scaled(make_case(), 1e3),  # up to 1e4
-    "k_128_of_ids": lambda: make_case(k=100),
+    "k_of_100": lambda: make_case(k=100),
 }

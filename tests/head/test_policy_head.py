@@ -129,9 +129,23 @@ def test_a_column_that_cannot_be_sampled(path: str) -> None:
     weight = torch.zeros(8, H)
     weight[3, 0] = -torch.inf
     case = Case(hidden, weight, torch.tensor([0, 7]), None, 8, 1.0, torch.ones(2), torch.ones(2))
-    loss, stats, _, _ = loss_of(case, PATHS[path])
+    loss, stats, _, weight = loss_of(case, PATHS[path])
     close(stats.entropy, torch.tensor([7.0, 7.0]).log(), 1e-6)
-    close(loss, torch.zeros(()), 1e-6)  # log 1/7 + log 7, twice
+    close(loss.detach(), torch.zeros(()), 1e-6)  # log 1/7 + log 7, twice
+    loss.backward()  # of the hidden states: 0 times -inf, by nature
+    assert weight.grad is not None
+    expected = torch.full((8,), -2 / 7)  # two tokens, p = 1/7; an even distribution's entropy has no slope
+    expected[torch.tensor([0, 7])] += 1
+    expected[3] = 0.0
+    close(weight.grad[:, 0], expected, 1e-6)
+
+
+def test_a_blocked_token_that_became_impossible_does_not_stop_the_run() -> None:
+    hidden, weight = torch.ones(1, H), torch.zeros(4, H)
+    weight[2, 0] = -torch.inf
+    case = Case(hidden, weight, torch.tensor([2]), None, 4, 1.0, torch.zeros(1), None)
+    loss, stats, _, _ = loss_of(case, PATHS["store"])
+    assert stats.logprob.item() == -torch.inf and loss.item() == 0.0
 
 
 def test_memory_decides_the_path() -> None:

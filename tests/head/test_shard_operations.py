@@ -106,6 +106,17 @@ def test_a_gradient_in_bf16(operations: ModuleType) -> None:
     torch.testing.assert_close(got.double(), gradient, rtol=2**-7, atol=1e-6)  # Triton's interpreter truncates
 
 
+def test_rows_wider_than_a_block_are_overwritten_in_order() -> None:
+    """With the block as it is used: on a GPU a narrow gradient must not land on logits that are still to be read."""
+    logits = 3 * torch.randn(T, 3 * kernels.BLOCK + 100, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    target, c = torch.zeros(T, dtype=torch.long, device=DEVICE), torch.linspace(1, 2, T, device=DEVICE)
+    _, gradient = expected_gradient(logits, target, c, None, 1.0)
+    parts = kernels.row_statistics_(logits, 1.0, keep_logits=True)
+    scalars = RowScalars(parts.maximum, parts.maximum, parts.excess.log1p(), parts.moment)
+    got = kernels.row_gradient_(logits, scalars, target, c, None, 1.0, dtype=torch.bfloat16)
+    torch.testing.assert_close(got.double(), gradient, rtol=2**-7, atol=1e-6)
+
+
 def test_triton_takes_bf16_logits() -> None:
     logits = made_logits("normal", 300).bfloat16()
     parts = kernels.row_statistics_(logits, 1.0, keep_logits=True)
