@@ -73,7 +73,7 @@ def write_random(path: Path, gib: float) -> None:
             shards.append({})
         shards[-1][name] = info
     noise = torch.randint(0, 256, (COPY_BYTES * 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)

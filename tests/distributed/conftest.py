@@ -7,13 +7,18 @@ import pytest
 from tests.distributed.rank_pool import RankPool
 
 
+MOST_JOBS = 40  # Megatron's DDP never lets go of its process groups: some fifty threads stay with every job
+
+
 class _Pools:
-    """One pool of four ranks, replaced when a failed test left it broken."""
+    """One pool of four ranks, replaced when a failed test left it broken, and now and then."""
 
     def __init__(self) -> None:
         self._pool: RankPool | None = None
 
     def get(self) -> RankPool:
+        if self._pool is not None and self._pool.jobs_done >= MOST_JOBS:
+            self._pool.close()
         if self._pool is None or not self._pool.alive:
             self._pool = RankPool(4)
         return self._pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,30 @@ def policy_gradients(
         overlap_grad_reduce=overlap_grad_reduce,
     )
     model = replace(model, chunk=optimizer.model)
-    optimizer.zero()
     mine = batches[rank.at.data]
 
     def coefficient(index: int, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         advantage = torch.from_numpy(mine[index].advantage)[tokens]
         return advantage, torch.full_like(advantage, 0.1), {}
 
-    loss_pass(model, mine, coefficient, entropy_gradient=True)
+    during_backward: list[bool] = []
+    for group in optimizer.model.bucket_groups + optimizer.model.expert_parallel_bucket_groups:
+        group.start_grad_sync = _noting_backward(group.start_grad_sync, during_backward)
+    for _ in range(2):  # Megatron reduces early from the second time on: the first teaches it the order of gradients
+        optimizer.zero()
+        loss_pass(model, mine, coefficient, entropy_gradient=True)
+    assert any(during_backward) == overlap_grad_reduce, "the reduction began at another time than asked for"
     image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items()}
     export_pieces({name: p.main_grad for name, p in model.parameters.items()}, model.pieces, image)
     return {name: numpy(tensor) for name, tensor in image.items()}
+
+
+def _noting_backward(start: Callable[..., Any], during_backward: list[bool]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        during_backward.append(torch._C._current_graph_task_id() != -1)
+        return start(*args, **kwargs)
+
+    return noted
 
 
 def rl_steps(

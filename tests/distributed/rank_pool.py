@@ -6,6 +6,7 @@ A job is a module-level function `job(parallel, *args)`; it runs on every rank w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing as mp
 import os
@@ -27,6 +28,7 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         context = mp.get_context("spawn")
+        self.jobs_done = 0
         self._pipes, self._processes = [], []
         for _ in range(size):
             ours, theirs = context.Pipe()
@@ -36,8 +38,11 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
+        atexit.register(self.close)  # or an unclosed pool would keep the interpreter waiting for its ranks
+
     def run(self, job: Callable[..., Any], parallel: Parallel, *args: Any) -> list[Any]:
         """Results of all ranks; an error on any rank is raised here with its traceback."""
+        self.jobs_done += 1
         port = free_port()
         pipes = self._pipes[: parallel.ranks]
         for rank, pipe in enumerate(pipes):

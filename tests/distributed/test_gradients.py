@@ -31,6 +31,7 @@ LAYOUTS = {
     "dp2_ep2": Parallel(expert=2, ranks=2),
     "pp2": Parallel(pipeline=2, ranks=2),
     "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+    "pp2_dp2": Parallel(pipeline=2, ranks=4),
     "tp2_dp2_ep2": Parallel(tensor=2, expert=2, ranks=4),
 }
 
@@ -85,7 +86,7 @@ def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout:
 
 
 @pytest.mark.parametrize(("path", "overlap"), [("store", True), ("chunk", False), ("chunk", True)])
-@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "tp2_dp2_ep2"])
+@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "pp2_dp2", "tp2_dp2_ep2"])
 @pytest.mark.parametrize("checkpoint", ["tied", "moe_and_dense"], indirect=True)
 def test_every_path_of_the_head(ranks: RankPool, checkpoint: Path, layout: str, path: str, overlap: bool) -> None:
     """Into main_grad, with the embedding's own gradient where it is tied, before a reduction that may run already."""
