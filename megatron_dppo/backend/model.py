@@ -86,7 +86,8 @@ def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
         "moe_router_topk": arch.num_experts_per_tok,
         "moe_ffn_hidden_size": arch.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": arch.shared_expert_intermediate_size or None,
-        "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
+        # A list makes Megatron spell checkpoints layer by layer, even where all layers are alike.
+        "moe_layer_freq": 1 if all(arch.moe_layers) else [int(is_moe) for is_moe in arch.moe_layers],
         "moe_router_score_function": "sigmoid" if arch.sigmoid_router else "softmax",
         # softmax over the chosen experts equals softmax over all, chosen and renormalised
         "moe_router_pre_softmax": not arch.norm_topk_prob,
