@@ -90,7 +90,10 @@ def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
     topk = np.stack([rng.permutation(vocab_size)[:NUM_TOPK] for _ in rows])
     topk[::7, -1] = -1
     ones = np.ones(len(rows), np.float32)
-    return MicroBatch(ids, np.array(rows), np.array(targets), ones, ones, ones, len(rows), topk_ids=topk)
+    return MicroBatch(
+        input_ids=ids, row=np.array(rows), target=np.array(targets), advantage=ones, mu_logprob=ones, weight=ones,
+        count=len(rows), topk_ids=topk,
+    )  # fmt: skip
 
 
 def transformers_stats(path: Path, batch: MicroBatch, temperature: float, **changes: Any) -> dict[str, np.ndarray]:
