@@ -11,29 +11,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen3")
+from megatron_dppo.architecture_rules import LATENT_MODEL_TYPES, rope_parameters, rope_type, unsupported_features
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's rotary frequencies: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class YarnRope:
+    """YaRN as DeepSeek-V3 has it; the two mscales give the factor of cos and sin and that of the softmax."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of multi-latent attention; `q_lora_rank` is None where queries are projected in one step."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer with grouped-query attention and dense or mixture-of-experts layers."""
+    """A decoder-only transformer: grouped-query or multi-latent attention, dense or mixture-of-experts layers."""
 
     model_type: str
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
     intermediate_size: int  # of the dense layers
     vocab_size: int
     max_position_embeddings: int
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
+    rope_scaling: Llama3Rope | YarnRope | None = None
+    latent: LatentAttention | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0  # of all shared experts of a layer together
     norm_topk_prob: bool = True
+    num_expert_groups: int = 1  # 1: a token may go to any expert
+    expert_groups_per_tok: int = 1
+    routed_scaling_factor: float = 1.0
     moe_layers: tuple[bool, ...] = ()  # one per layer: True where the layer has experts
 
     @property
@@ -46,12 +85,27 @@ class Architecture:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def qk_norm(self) -> bool:
+        """True where the heads of queries and keys have a norm."""
+        return self.model_type in ("qwen3", "qwen3_moe")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """True where the projections to queries, keys and values have a bias."""
+        return self.model_type == "qwen2"
+
+    @property
+    def sigmoid_router(self) -> bool:
+        """True where experts are scored by a sigmoid and chosen by score plus bias; else softmax without bias."""
+        return self.latent is not None
+
 
 def load_architecture(model_path: Path | str) -> Architecture:
     """Reads `config.json` of a Hugging Face directory.
 
     Raises FileNotFoundError where there is none and ValueError where the model is one that this package would
-    not compute exactly (another model type, biases, rope scaling, a sliding window, an activation other than silu).
+    not compute exactly (another model type, biases, unknown rope scaling, a sliding window, other activations).
     """
     path = Path(model_path) / "config.json"
     if not path.is_file():
@@ -61,72 +115,92 @@ def load_architecture(model_path: Path | str) -> Architecture:
 
 def architecture_from_hf(hf: dict[str, Any]) -> Architecture:
     """The Architecture of a parsed `config.json`; raises ValueError naming every feature that is not supported."""
-    faults = _unsupported_features(hf)
+    faults = unsupported_features(hf)
     if faults:
         raise ValueError("model config: " + "; ".join(faults))
     heads = hf["num_attention_heads"]
+    latent = _latent_attention(hf)
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     moe_layers = _moe_layers(hf)
-    moe: dict[str, Any] = {}
-    if any(moe_layers):
-        moe = {
-            "num_experts": _num_experts(hf),
-            "num_experts_per_tok": hf["num_experts_per_tok"],
-            "moe_intermediate_size": hf["moe_intermediate_size"],
-            "norm_topk_prob": hf.get("norm_topk_prob", False),
-        }
     return Architecture(
         model_type=hf["model_type"],
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         num_attention_heads=heads,
         num_key_value_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        head_dim=latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else head_dim,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rope_theta=float(_rope_parameters(hf).get("rope_theta", 10000.0)),
+        rope_theta=float(rope_parameters(hf).get("rope_theta", 10000.0)),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        rope_scaling=_rope_scaling(rope_parameters(hf)),
+        latent=latent,
         moe_layers=moe_layers,
-        **moe,
+        **(_experts(hf) if any(moe_layers) else {}),
     )
 
 
-def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 nests rope settings in `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
-    if hf.get("rope_parameters"):
-        return dict(hf["rope_parameters"])
-    return {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+def _rope_scaling(rope: dict[str, Any]) -> Llama3Rope | YarnRope | None:
+    kind = rope_type(rope)
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return Llama3Rope(*(rope[name] for name in names))
+    if kind == "yarn":
+        return YarnRope(
+            factor=rope["factor"],
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+            beta_fast=rope.get("beta_fast") or 32.0,
+            beta_slow=rope.get("beta_slow") or 1.0,
+            mscale=rope.get("mscale") or 1.0,
+            mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
+        )
+    return None
+
+
+def _latent_attention(hf: dict[str, Any]) -> LatentAttention | None:
+    if hf["model_type"] not in LATENT_MODEL_TYPES:
+        return None
+    names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return LatentAttention(*(hf[name] for name in names))
 
 
 def _num_experts(hf: dict[str, Any]) -> int:
-    """transformers 5 writes `num_local_experts` where the hub's files have `num_experts`."""
-    return hf.get("num_experts") or hf.get("num_local_experts") or 0
+    """transformers 5 writes `num_local_experts` where the hub's files have `num_experts` or `n_routed_experts`."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return next((hf[name] for name in names if hf.get(name)), 0)
+
+
+def _experts(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    moe = {
+        "num_experts": _num_experts(hf),
+        "num_experts_per_tok": hf["num_experts_per_tok"],
+        "moe_intermediate_size": hf["moe_intermediate_size"],
+    }
+    if hf["model_type"] == "qwen3_moe":
+        return moe | {"norm_topk_prob": hf.get("norm_topk_prob", False)}
+    limited = hf["topk_group"] < hf["n_group"]
+    return moe | {
+        "norm_topk_prob": hf["norm_topk_prob"],
+        "shared_expert_intermediate_size": (hf["n_shared_experts"] or 0) * hf["moe_intermediate_size"],
+        "num_expert_groups": hf["n_group"] if limited else 1,
+        "expert_groups_per_tok": hf["topk_group"] if limited else 1,
+        "routed_scaling_factor": float(hf["routed_scaling_factor"]),
+    }
 
 
 def _moe_layers(hf: dict[str, Any]) -> tuple[bool, ...]:
-    """Qwen3-MoE's rule: every `decoder_sparse_step`-th layer, except those in `mlp_only_layers`."""
-    num_layers = hf["num_hidden_layers"]
-    if hf["model_type"] != "qwen3_moe" or not _num_experts(hf):
-        return (False,) * num_layers
-    step, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
-    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    """Which layers have experts.
 
-
-def _unsupported_features(hf: dict[str, Any]) -> list[str]:
-    faults = []
-    if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        faults.append(f"model_type: got {hf.get('model_type')!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
-    if hf.get("attention_bias"):
-        faults.append("attention_bias: got true, expected false")
-    if hf.get("use_sliding_window"):
-        faults.append("use_sliding_window: got true, expected false")
-    if hf.get("hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act: got {hf['hidden_act']!r}, expected 'silu'")
-    if hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob"):
-        faults.append("norm_topk_prob: got true, expected false with one expert per token (its weight would be 1)")
-    rope = _rope_parameters(hf)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        faults.append(f"rope_type: got {rope_type!r}, expected 'default' (no rope scaling)")
-    return faults
+    Qwen3-MoE: every `decoder_sparse_step`-th, except those in `mlp_only_layers`. DeepSeek-V3: all from
+    `first_k_dense_replace` on.
+    """
+    layers, kind = range(hf["num_hidden_layers"]), hf["model_type"]
+    if kind == "qwen3_moe" and _num_experts(hf):
+        step, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
+        return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+    if kind in LATENT_MODEL_TYPES:
+        return tuple(layer >= hf["first_k_dense_replace"] for layer in layers)
+    return tuple(False for _ in layers)

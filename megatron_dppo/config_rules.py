@@ -168,6 +168,11 @@ def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
             f"parallel.expert_tensor: got {parallel.expert_tensor}, expected a divisor of the experts' "
             f"moe_intermediate_size {arch.moe_intermediate_size}"
         )
+    if arch.shared_expert_intermediate_size % tensor:
+        yield (
+            f"parallel.tensor: got {tensor}, expected a divisor of the shared experts' width "
+            f"{arch.shared_expert_intermediate_size}"
+        )
     if tensor > 1 and not parallel.uses_sequence_parallel:
         yield "parallel.sequence_parallel: got false, expected true or auto: experts under tensor > 1 need it"
 
@@ -228,7 +233,7 @@ def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     """The engine that this job starts can compute the model."""
     from megatron_dppo.rollout.vllm_server import runs_on_cpu
 
-    if rollout.urls or not runs_on_cpu():
+    if rollout.urls or not runs_on_cpu() or arch.latent:  # latent attention has a backend of its own there
         return
     if arch.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))

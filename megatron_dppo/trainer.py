@@ -37,7 +37,7 @@ from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batc
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.metrics import MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
-from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
 from megatron_dppo.weights.sync import SharedImage, save_checkpoint
 
 
@@ -157,7 +157,7 @@ class Trainer:
 
     def _publish(self, version: int) -> None:
         """Leaves the weights in the shared image and tells the client."""
-        self.image.write(self.model.parameters, self.model.pieces)
+        self.image.write(self.model.weights, self.model.pieces)
         manifest = self.image.manifest(version)
         if self.model.rank.rank == 0:
             self.control.post(weights_key(version), manifest.as_json())
@@ -262,7 +262,7 @@ def main(config: Config) -> None:
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
         objective=objective_of(config),
-        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
+        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),
     )
     if rank.rank == 0:
         with MetricsWriter(config.run.dir, tensorboard=config.logging.tensorboard) as writer:

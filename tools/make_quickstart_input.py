@@ -125,7 +125,7 @@ def train_rank(model_path: Path, seed: int) -> None:
         if rank.rank == 0 and (iteration + 1) % 100 == 0:
             print(f"iteration {iteration + 1}: loss {float(sums['loss'] / sums['count']):.4f}", flush=True)
     image = SharedImage(Path(os.environ[SHARED_VARIABLE]) / "weights", hub_shapes(model.arch), torch.float32)
-    image.write(model.parameters, model.pieces)
+    image.write(model.weights, model.pieces)
     if rank.rank == 0:
         save_checkpoint(image.tensors, model_path, model_path)
     finalise_parallel()

@@ -53,15 +53,19 @@ def select_device() -> torch.device:
     return device
 
 
-def mend_router_without_transformer_engine() -> None:
-    """Binds a name that megatron-core 0.16 imports from Transformer Engine in a try block and uses unconditionally.
+def mend_without_transformer_engine() -> None:
+    """Two places of megatron-core 0.16 that take Transformer Engine for granted.
 
-    Needed on every machine that lacks Transformer Engine, with or without a GPU.
+    The router uses a name that it imports from there in a try block; multi-latent attention takes the placeholders it
+    finds for classes. Needed on every machine that lacks Transformer Engine, with or without a GPU.
     """
+    import megatron.core.extensions.transformer_engine as transformer_engine
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as latent_attention
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 def install_stand_in() -> None:

@@ -1,8 +1,10 @@
 """Layers of our own inside Megatron-core's model, and the layer specs that use them.
 
 With Transformer Engine installed its layer spec is used as Megatron builds it. Without it, Megatron's own
-attention refuses tensor parallelism beyond the key/value heads and its own RMSNorm refuses sequence parallelism;
-the two modules below have neither limit.
+attention refuses tensor parallelism beyond the key/value heads and its own RMSNorm refuses sequence parallelism; the
+modules below have neither limit. Its spec of multi-latent attention splits the down projections over TP and then loses
+a part of the rotary key's gradient (each rank keeps that of its own heads only): they are whole on every rank here, as
+in Transformer Engine's spec.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_dppo.backend.device import has_gpu
+
+LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
 
 
 def transformer_engine_installed() -> bool:
@@ -44,22 +49,35 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
 
 
+class LatentNorm(RMSNorm):
+    """The norm of a latent inside multi-latent attention; its epsilon is no setting of the model."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
+        super().__init__(config, hidden_size, LATENT_NORM_EPS)
+
+
 class CausalAttention(nn.Module):
     """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, padded on the right.
+
+    `softmax_scale` is None for 1 / sqrt(D).
 
     Right padding needs no mask: a token attends only to tokens before it. Keeps what SDPA keeps for backward. No
     collectives: heads are split over TP ranks before it.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
+        self.softmax_scale = softmax_scale
         if config.context_parallel_size != 1:
             raise ValueError(f"context parallelism: got {config.context_parallel_size}, expected 1")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [S, B, heads, D], key and value [S, B, groups, D] (local to the TP rank) -> [S, B, heads * D]."""
+        """query [S, B, heads, D], key [S, B, groups, D], value [S, B, groups, V], of this rank -> [S, B, heads * V]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -75,8 +93,16 @@ class HiddenStatesOutput(ColumnParallelLinear):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's layers: Transformer Engine's where it is installed, else ours."""
+    """The spec of this pipeline stage's layers: Transformer Engine's where it is installed, else ours.
+
+    Raises ValueError for multi-latent attention that Transformer Engine's norms would compute otherwise.
+    """
     if transformer_engine_installed():
+        if config.multi_latent_attention and config.layernorm_epsilon != LATENT_NORM_EPS:
+            raise ValueError(
+                f"rms_norm_eps: got {config.layernorm_epsilon}, expected {LATENT_NORM_EPS} for multi-latent attention "
+                "under Transformer Engine (its norms of the latents take the same number, the model's do not)"
+            )
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
@@ -85,7 +111,11 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
         attention.core_attention = CausalAttention
+        if config.multi_latent_attention:
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+            attention.q_layernorm = attention.kv_layernorm = LatentNorm
+        elif config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.layer_norm = RMSNorm
     return spec

@@ -1,10 +1,11 @@
-"""A Qwen3 or Qwen3-MoE model under Megatron-core, filled from a Hugging Face directory.
+"""A model under Megatron-core, filled from a Hugging Face directory.
 
 The model ends at the hidden states before the output layer (see `layers.HiddenStatesOutput`).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,46 +19,30 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.architecture import Architecture, Llama3Rope, load_architecture
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.layers import HiddenStatesOutput, block_spec, transformer_engine_installed
 from megatron_dppo.backend.parallel import Rank
+from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.head.statistics import VocabShard
 from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, padded_vocab_size
 from megatron_dppo.weights.local import checkpoint_files, load_pieces
+from megatron_dppo.weights.mapping import mtp_tensors
 
 
 def transformer_config(
     arch: Architecture, parallel: Parallel, dtype: torch.dtype, sequence_parallel: bool
 ) -> TransformerConfig:
-    """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss.
-
-    The routers' auxiliary loss stays off: it is not linear in the micro-batch, so a split would change the loss.
-    """
-    moe: dict[str, Any] = {}
+    """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss."""
+    settings = _latent_settings(arch) if arch.latent else {}
     if arch.is_moe:
-        moe = {
-            "num_moe_experts": arch.num_experts,
-            "moe_router_topk": arch.num_experts_per_tok,
-            "moe_ffn_hidden_size": arch.moe_intermediate_size,
-            # A list makes Megatron spell checkpoints layer by layer, even where all layers are alike.
-            "moe_layer_freq": 1 if all(arch.moe_layers) else [int(is_moe) for is_moe in arch.moe_layers],
-            # softmax over the chosen experts equals softmax over all, chosen and renormalised
-            "moe_router_pre_softmax": not arch.norm_topk_prob,
-            "moe_router_load_balancing_type": "none",
-            "moe_router_dtype": "fp32",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_grouped_gemm": False,
-            "expert_model_parallel_size": parallel.expert,
-            "expert_tensor_parallel_size": parallel.expert_tensor,
-        }
-    return TransformerConfig(
+        settings |= _moe_settings(arch, parallel)
+    return (MLATransformerConfig if arch.latent else TransformerConfig)(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_attention_heads,
@@ -66,7 +51,8 @@ def transformer_config(
         ffn_hidden_size=arch.intermediate_size,
         layernorm_epsilon=arch.rms_norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=arch.qk_norm or arch.latent is not None,
+        add_qkv_bias=arch.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -83,12 +69,64 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=parallel.pipeline > 1,  # micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # the default refuses such lengths, in dense models too
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         use_cpu_initialization=not has_gpu(),
         perform_initialization=False,  # every parameter is filled from the checkpoint
-        **moe,
+        **settings,
     )
+
+
+def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
+    """The routers' auxiliary loss stays off: it is not linear in the micro-batch, so a split would change the loss."""
+    limited = arch.num_expert_groups > 1
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": arch.shared_expert_intermediate_size or None,
+        # A list makes Megatron spell checkpoints layer by layer, even where all layers are alike.
+        "moe_layer_freq": 1 if all(arch.moe_layers) else [int(is_moe) for is_moe in arch.moe_layers],
+        "moe_router_score_function": "sigmoid" if arch.sigmoid_router else "softmax",
+        # softmax over the chosen experts equals softmax over all, chosen and renormalised
+        "moe_router_pre_softmax": not arch.norm_topk_prob,
+        "moe_router_num_groups": arch.num_expert_groups if limited else None,
+        "moe_router_group_topk": arch.expert_groups_per_tok if limited else None,
+        "moe_router_topk_scaling_factor": arch.routed_scaling_factor if arch.sigmoid_router else None,
+        "moe_router_enable_expert_bias": arch.sigmoid_router,
+        "moe_router_bias_update_rate": 0.0,  # Megatron would move the bias, behind the engines' back
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+
+
+def _latent_settings(arch: Architecture) -> dict[str, Any]:
+    latent, yarn = arch.latent, arch.rope_scaling
+    assert latent is not None and not isinstance(yarn, Llama3Rope)
+    settings: dict[str, Any] = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rotary_base": arch.rope_theta,
+    }
+    if yarn is None:  # a factor of 1: the default would still scale the softmax
+        return settings | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return settings | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
 
 
 def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_parallel: bool) -> gpt_model.GPTModel:
@@ -96,8 +134,9 @@ def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_par
 
     Raises ValueError where Megatron could not hold the model at this layout (its own messages come as they are).
     """
-    if arch.is_moe and rank.parallel.tensor > 1 and not sequence_parallel:
-        raise ValueError("parallel.sequence_parallel: got false, expected true (experts under TP > 1 need it)")
+    if (arch.is_moe or arch.latent) and rank.parallel.tensor > 1 and not sequence_parallel:
+        what = "experts" if arch.is_moe else "latent attention"
+        raise ValueError(f"parallel.sequence_parallel: got false, expected true ({what} under TP > 1 needs it)")
     config = transformer_config(arch, rank.parallel, dtype, sequence_parallel)
     model = gpt_model.GPTModel(
         config=config,
@@ -114,6 +153,9 @@ def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_par
     if rank.is_last_stage:
         # Not a subclass of GPTModel: its post-processing changes its signature between Megatron's versions.
         model.output_layer.__class__ = HiddenStatesOutput
+    if isinstance(arch.rope_scaling, Llama3Rope):
+        frequencies = llama3_inverse_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
+        model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
     _mark_split_weights(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -142,6 +184,12 @@ def _unwrapped(chunk: nn.Module) -> Any:
     return chunk.module if hasattr(chunk, "module") else chunk
 
 
+def stored_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that a checkpoint has: the routers' biases (other buffers are counters and caches)."""
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")}
+    return dict(model.named_parameters()) | biases
+
+
 def head_weight(model: nn.Module) -> torch.Tensor:
     """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
     inner = _unwrapped(model)
@@ -165,8 +213,13 @@ class Model:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Parameters by the names of the layout's pieces."""
+        """What is trained, by the names of the layout's pieces."""
         return dict(_unwrapped(self.chunk).named_parameters())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that the layout's pieces name: parameters and the routers' biases."""
+        return stored_weights(_unwrapped(self.chunk))
 
     def shard(self, weight: Tensor) -> VocabShard:
         """This TP rank's rows of the head."""
@@ -182,10 +235,16 @@ def load_model(
     temperature: float = 1.0,
     head_memory: HeadMemory = HeadMemory(),
 ) -> Model:
-    """This rank's stage of the model in a Hugging Face directory; each rank reads only the boxes it holds."""
-    arch = load_architecture(path)
+    """This rank's stage of the model in a Hugging Face directory; each rank reads only the boxes it holds.
+
+    Layers for multi-token prediction are not loaded; rank 0 says so.
+    """
+    arch, files = load_architecture(path), checkpoint_files(path)
+    if rank.rank == 0 and (skipped := mtp_tensors(arch, files)):
+        message = "%s: %d tensors of multi-token prediction are not loaded: neither trained nor exported"
+        logging.getLogger(__name__).warning(message, path, len(skipped))
     chunk = build_model(arch, rank, dtype, sequence_parallel)
     pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine_installed()))
-    load_pieces(dict(chunk.named_parameters()), pieces, checkpoint_files(path))
+    load_pieces(stored_weights(chunk), pieces, files)
     device = next(chunk.parameters()).device
     return Model(rank, chunk, chunk.config, arch, pieces, device, temperature, head_memory)

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_dppo.backend.device import (
     communication_backend,
     install_stand_in,
-    mend_router_without_transformer_engine,
+    mend_without_transformer_engine,
     select_device,
 )
 from megatron_dppo.weights.layout import Coordinates, Parallel, coordinates
@@ -53,7 +53,7 @@ def initialise_parallel(parallel: Parallel, seed: int, timeout_s: float = 600.0)
     if world != parallel.ranks:
         raise ValueError(f"ranks: got WORLD_SIZE {world}, expected parallel.ranks = {parallel.ranks}")
     install_stand_in()
-    mend_router_without_transformer_engine()
+    mend_without_transformer_engine()
     select_device()
     dist.init_process_group(communication_backend(), timeout=timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights.global_tensors import BLOCK_BYTES, SCHEMES, Block, KeyScheme, global_blocks
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, typed
-from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.mapping import hub_shapes, mtp_tensors
 from megatron_dppo.weights.torch_dist import COMPLETE_FILE, TorchDistFiles
 
 CARRIED = "hf"  # in a Megatron checkpoint: the Hugging Face directory without its weights
@@ -40,6 +40,7 @@ class MegatronFiles:
     """
 
     def __init__(self, root: Path, arch: Architecture) -> None:
+        self.arch = arch
         self._dist = TorchDistFiles(root)
         self._blocks: dict[str, list[tuple[Block, str]]] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -127,18 +128,17 @@ def check_tensors(checkpoint: HubFiles, arch: Architecture) -> list[str]:
             tiles = tuple(-(-extent // TILE) for extent in shape)
             if name + SCALE not in stored or stored[name + SCALE].shape != tiles:
                 raise ValueError(f"{stored[name].file}: {name} is float8, expected {name + SCALE} of shape {tiles}")
-    skipped = [name for name in stored if name not in expected and _is_skipped(name, arch)]
+    skipped = [name for name in mtp_tensors(arch, stored) if name not in expected]
+    skipped += [name for name in stored if name not in expected and _is_derived(name, arch)]
     known = {*expected, *skipped, *(name + SCALE for name in expected)}
     for name in stored.keys() - known:
         raise ValueError(f"{stored[name].file}: got tensor {name}, which {arch.model_type} does not have")
     return skipped
 
 
-def _is_skipped(name: str, arch: Architecture) -> bool:
-    """Layers beyond the model's own predict further tokens (MTP); a tied head may be written out."""
-    parts = name.split(".")
-    is_mtp = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= arch.num_layers
-    return is_mtp or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
+def _is_derived(name: str, arch: Architecture) -> bool:
+    """What some files hold beside the parameters: rope tables, a tied head written out."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
 
 
 def row_blocks(tensor: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

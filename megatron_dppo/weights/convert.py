@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_dppo.architecture import load_architecture
+from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights import torch_dist
 from megatron_dppo.weights.checkpoint import (
     CARRIED,
@@ -43,10 +43,10 @@ from megatron_dppo.weights.global_tensors import (
     global_blocks,
 )
 from megatron_dppo.weights.hub_files import INDEX_FILE, HubFiles, TensorInfo, header_bytes
+from megatron_dppo.weights.mapping import float32_tensors
 
 FILE_BYTES = 2 << 30
 WIDEST = 4  # bytes of an element, to size blocks before their dtypes are known
-ALWAYS_FLOAT32 = ("e_score_correction_bias",)  # routers' biases, which Megatron keeps in float32 too
 WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth", "*.pt", "*.gguf", "original", "onnx")  # not carried over
 Say = Callable[[str], None]
 
@@ -73,20 +73,20 @@ def hf_to_megatron(
         say(f"{len(skipped)} tensors are left out, {skipped[0]} first: this package does not compute them")
     if dtype is None and any(info.dtype == torch.float8_e4m3fn for info in files.tensors.values()):
         dtype = torch.bfloat16
+    dtypes = _result_dtypes(files.tensors, arch, dtype)
     blocks = sorted(global_blocks(arch, scheme, WIDEST), key=lambda b: _place(files, b))
-    _check_dtypes(blocks, files, dtype)
+    _check_dtypes(blocks, files, dtypes)
     parts = _cut(blocks, [b.rows * files.tensors[b.tensor].row_bytes for b in blocks])
     with _partial(destination, _digest(files.tensors, scheme, dtype), say) as partial:
         names = [f"__0_{index}.distcp" for index in range(len(parts))]
         jobs = [
-            functools.partial(_write_chunks, source, partial / name, part, dtype)
+            functools.partial(_write_chunks, source, partial / name, part, dtypes)
             for name, part in zip(names, parts, strict=True)
             if not (partial / name).is_file()
         ]
         _run(jobs, workers, say)
         chunks = [
-            (key, block.global_shape, block.offset, _result_dtype(block.tensor, files.tensors[block.tensor], dtype),
-             block.shape, name, *place)
+            (key, block.global_shape, block.offset, dtypes[block.tensor], block.shape, name, *place)
             for name, part in zip(names, parts, strict=True)
             for block, place in zip(part, json.loads(_places_file(partial / name).read_text()), strict=True)
             for key in block.keys
@@ -119,9 +119,8 @@ def megatron_to_hf(
     """
     described = config or carried_config(source)
     checkpoint = MegatronFiles(source, load_architecture(described))
-    tensors = {
-        name: TensorInfo(_result_dtype(name, info, dtype), info.shape) for name, info in checkpoint.tensors.items()
-    }
+    dtypes = _result_dtypes(checkpoint.tensors, checkpoint.arch, dtype)
+    tensors = {name: TensorInfo(dtypes[name], info.shape) for name, info in checkpoint.tensors.items()}
     parts = _cut(list(tensors), [info.nbytes for info in tensors.values()])
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     if len(parts) == 1:
@@ -143,7 +142,7 @@ def megatron_to_hf(
     checkpoint.close()
 
 
-def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtype: torch.dtype | None) -> None:
+def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtypes: Mapping[str, torch.dtype]) -> None:
     """One data file, and beside it where its chunks lie."""
     torch.serialization.set_crc32_options(False)  # torch does not read it back
     files = HubFiles(source)
@@ -151,7 +150,7 @@ def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtype: torc
     places = []
     with _written(path) as out:
         for block in blocks:
-            rows = _converted(files, block, buffer, dtype)
+            rows = _converted(files, block, buffer, dtypes[block.tensor])
             start = out.tell()
             torch.save(rows.view(block.shape), out)
             places.append((start, out.tell() - start))
@@ -159,12 +158,11 @@ def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtype: torc
     files.close()
 
 
-def _converted(files: HubFiles, block: Block, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _converted(files: HubFiles, block: Block, buffer: Tensor, dtype: torch.dtype) -> Tensor:
     rows = files.read_rows(block.tensor, block.row, block.rows, buffer)
-    wanted = _result_dtype(block.tensor, files.tensors[block.tensor], dtype)
     if rows.dtype == torch.float8_e4m3fn:
         rows = dequantised(rows, block.row, block.tensor, files)
-    return rows.to(wanted)
+    return rows.to(dtype)
 
 
 def _write_tensors(source: Path, config: Path, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -180,17 +178,22 @@ def _write_tensors(source: Path, config: Path, path: Path, tensors: Mapping[str,
     checkpoint.close()
 
 
-def _result_dtype(name: str, info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None or not info.dtype.is_floating_point or name.endswith(ALWAYS_FLOAT32):
-        return info.dtype
-    return dtype
+def _result_dtypes(
+    tensors: Mapping[str, TensorInfo], arch: Architecture, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Of every tensor: `dtype` where one is asked for, but for what Megatron keeps in float32."""
+    fixed = float32_tensors(arch)
+    return {
+        name: dtype if dtype and info.dtype.is_floating_point and name not in fixed else info.dtype
+        for name, info in tensors.items()
+    }
 
 
-def _check_dtypes(blocks: Sequence[Block], files: HubFiles, dtype: torch.dtype | None) -> None:
+def _check_dtypes(blocks: Sequence[Block], files: HubFiles, dtypes: Mapping[str, torch.dtype]) -> None:
     """A Megatron tensor is made of several hub tensors, and has one dtype."""
     first: dict[str, tuple[str, torch.dtype]] = {}
     for block in blocks:
-        own = _result_dtype(block.tensor, files.tensors[block.tensor], dtype)
+        own = dtypes[block.tensor]
         name, other = first.setdefault(block.keys[0], (block.tensor, own))
         if own != other:
             raise ValueError(

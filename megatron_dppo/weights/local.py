@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dppo.weights.layout import Piece
 
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32")  # what is a weight as it stands; 8 bits and less need scales
 
 
 def checkpoint_files(model_path: Path | str) -> dict[str, Path]:
@@ -37,8 +38,8 @@ def checkpoint_files(model_path: Path | str) -> dict[str, Path]:
 def load_pieces(parameters: Mapping[str, Tensor], pieces: Iterable[Piece], files: Mapping[str, Path]) -> None:
     """Fills local parameters from Hugging Face files, reading only the boxes this rank holds.
 
-    Raises ValueError for a tensor that is missing or has another shape than the model, and when a parameter is
-    left unfilled.
+    Raises ValueError for a tensor that is missing, has another shape than the model or is quantised, and when a
+    parameter is left unfilled.
     """
     unfilled = set(parameters)
     by_file: dict[Path, list[Piece]] = {}
@@ -53,6 +54,8 @@ def load_pieces(parameters: Mapping[str, Tensor], pieces: Iterable[Piece], files
                 shape = tuple(source.get_shape())
                 if len(shape) != len(piece.stop) or any(n < stop for n, stop in zip(shape, piece.stop, strict=True)):
                     raise ValueError(f"checkpoint: got {piece.tensor} of shape {shape}, expected at least {piece.stop}")
+                if (dtype := source.get_dtype()) not in FLOATS:
+                    raise ValueError(f"checkpoint: got {piece.tensor} in {dtype}, expected one of {', '.join(FLOATS)}")
                 parameters[piece.param][piece.local_index].copy_(source[piece.hub_index])
                 unfilled.discard(piece.param)
     if unfilled:

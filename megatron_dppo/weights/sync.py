@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,29 +35,42 @@ class ImageLayout:
     nbytes: int
 
 
-def image_layout(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> ImageLayout:
-    """Lays the tensors of a checkpoint one after the other, each at a multiple of 64 bytes."""
+def image_layout(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, float32: Collection[str] = ()
+) -> ImageLayout:
+    """Lays the tensors of a checkpoint one after the other, each at a multiple of 64 bytes; `float32` ones stay so."""
     tensors, offset = [], 0
     for name, shape in shapes.items():
-        tensors.append((name, str(dtype).removeprefix("torch."), shape, offset))
-        offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        kind = torch.float32 if name in float32 else dtype
+        tensors.append((name, str(kind).removeprefix("torch."), shape, offset))
+        offset += -(-math.prod(shape) * kind.itemsize // ALIGNMENT) * ALIGNMENT
     return ImageLayout(tuple(tensors), offset)
 
 
 class SharedImage:
     """All tensors of a checkpoint in one shared file; `tensors[name]` is a view that every process sees."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        """Maps `path`, making it where it is not there yet. Raises OSError where shared memory is full."""
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        float32: Collection[str] = (),
+    ) -> None:
+        """Maps `path`, making it where it is not there yet; the tensors in `float32` have that dtype.
+
+        Raises OSError where shared memory is full.
+        """
         self.path = path
-        self.layout = image_layout(shapes, dtype)
+        self.layout = image_layout(shapes, dtype, float32)
         with path.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, max(self.layout.nbytes, 1))
         self._bytes = torch.from_file(str(path), shared=True, size=self.layout.nbytes, dtype=torch.uint8)
         self.tensors: dict[str, Tensor] = {}
-        for name, _, shape, offset in self.layout.tensors:
-            nbytes = math.prod(shape) * dtype.itemsize
-            self.tensors[name] = self._bytes[offset : offset + nbytes].view(dtype).view(shape)
+        for name, dtype_name, shape, offset in self.layout.tensors:
+            kind = getattr(torch, dtype_name)
+            nbytes = math.prod(shape) * kind.itemsize
+            self.tensors[name] = self._bytes[offset : offset + nbytes].view(kind).view(shape)
 
     def write(self, parameters: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
         """Every rank calls this: copies the boxes it owns. The image is whole when it returns. One barrier."""
@@ -84,7 +97,8 @@ def _crc32(tensor: Tensor) -> int:
 def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:
     """Writes a Hugging Face directory: `tensors`, and everything but weights from `source` (config, tokenizer).
 
-    The dtype in its config.json is the tensors'. Written beside and renamed; an older `destination` is replaced.
+    Its config.json says the tensors' dtype and no layers of multi-token prediction, as `tensors` has none. Written
+    beside and renamed; an older `destination` is replaced.
     """
     beside = destination.with_name(destination.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -92,6 +106,8 @@ def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Pa
     config = json.loads((beside / "config.json").read_text())
     config.pop("torch_dtype", None)  # the older name
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    for name in {"num_nextn_predict_layers", "num_mtp_layers"} & config.keys():
+        config[name] = 0
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(dict(tensors), beside / "model.safetensors", metadata={"format": "pt"})
     if destination.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.local import export_pieces
-from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
 from megatron_dppo.weights.sync import SharedImage
 
 
@@ -93,9 +94,23 @@ def policy_gradients(
         optimizer.zero()
         loss_pass(model, mine, coefficient, entropy_gradient=True)
     assert any(during_backward) == overlap_grad_reduce, "the reduction began at another time than asked for"
-    image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items()}
-    export_pieces({name: p.main_grad for name, p in model.parameters.items()}, model.pieces, image)
+    fixed = float32_tensors(model.arch)
+    image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items() if name not in fixed}
+    trained = [piece for piece in model.pieces if piece.tensor not in fixed]
+    export_pieces({name: p.main_grad for name, p in model.parameters.items()}, trained, image)
     return {name: numpy(tensor) for name, tensor in image.items()}
+
+
+def loading_warnings(rank: Rank, path: Path) -> list[str]:
+    """What this rank says while it loads a model."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_dppo")
+    logger.addHandler(handler)
+    model_of(rank, path)
+    logger.removeHandler(handler)
+    return [record.getMessage() for record in records]
 
 
 def _noting_backward(start: Callable[..., Any], during_backward: list[bool]) -> Callable[..., Any]:
@@ -124,11 +139,11 @@ def rl_steps(
         model=replace(model, chunk=optimizer.model),
         optimizer=optimizer,
         objective=objective_of(config),
-        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype),
+        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),
     )
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     results = [trainer._train_step(step, minibatches) for step in range(2)]
-    trainer.image.write(trainer.model.parameters, trainer.model.pieces)
+    trainer.image.write(trainer.model.weights, trainer.model.pieces)
     manifest = trainer.image.manifest(version=1)
     tensors = trainer.image.tensors
     assert list(manifest.crc32 or ()) == [zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for t in tensors.values()]

@@ -15,14 +15,15 @@ from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import policy_gradients
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_model_exactness import random_batch
-from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import deepseek_config, qwen2_config, read_checkpoint, tiny_config, tiny_model, write_checkpoint
 
 TOLERANCE = 1e-5  # relative, in the Frobenius norm of each tensor
 MODELS = {
-    "moe_and_dense": {"num_layers": 4, "mlp_only_layers": (1,), "vocab_size": 97},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 64},
-    "one_kv_head": {"num_kv_heads": 1},
+    "moe_and_dense": tiny_config(num_layers=4, mlp_only_layers=(1,), vocab_size=97),
+    "tied": tiny_config(tie_word_embeddings=True, vocab_size=64),
+    "one_kv_head": tiny_config(num_kv_heads=1),
 }
+FAMILIES = {"qwen2": qwen2_config(), "deepseek_v3": deepseek_config()}
 LAYOUTS = {
     "single": Parallel(),
     "tp2_ep2": Parallel(tensor=2, expert=2, ranks=2),
@@ -33,12 +34,18 @@ LAYOUTS = {
     "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
     "pp2_dp2": Parallel(pipeline=2, ranks=4),
     "tp2_dp2_ep2": Parallel(tensor=2, expert=2, ranks=4),
+    "dense_tp4": Parallel(tensor=4, ranks=4),
 }
+CASES = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS if layout != "dense_tp4"),
+    *(("qwen2", layout) for layout in ("single", "pp2", "dense_tp4")),
+    *(("deepseek_v3", layout) for layout in ("single", "etp2", "tp2_ep2_pp2", "tp2_dp2_ep2")),
+]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(tiny_config(**MODELS[request.param]), seed=3)
+    model = tiny_model((MODELS | FAMILIES)[request.param], seed=3)
     return write_checkpoint(tmp_path_factory.mktemp(request.param), model)
 
 
@@ -51,9 +58,7 @@ def micro_batches() -> list[MicroBatch]:
 
 def transformers_gradients(path: Path, batches: list[MicroBatch]) -> dict[str, np.ndarray]:
     """d/dw of -sum(A log pi + 0.1 H) / tokens by plain autograd on transformers' model."""
-    from transformers import Qwen3MoeForCausalLM
-
-    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = read_checkpoint(path)
     loss = torch.zeros(())
     for batch in batches:
         logits = model(torch.from_numpy(batch.input_ids)).logits.transpose(0, 1).flatten(0, 1)
@@ -80,7 +85,7 @@ def _hub(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
     return [(name, gradient)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("checkpoint", "layout"), CASES, indirect=["checkpoint"])
 def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
     check(ranks, checkpoint, LAYOUTS[layout])
 

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.weights.layout import Parallel
-from tests.distributed.jobs import policy_stats
+from tests.distributed.jobs import loading_warnings, policy_stats
 from tests.distributed.rank_pool import RankPool
-from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import (
+    YARN,
+    deepseek_config,
+    llama3_config,
+    qwen2_config,
+    read_checkpoint,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+)
 
 TOLERANCE = 1e-4
 NUM_TOPK = 5
 
 MODELS = {
-    "plain": {},
-    "router_not_normalised": {"norm_topk_prob": False, "top_k": 3},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 97},
-    "dense_among_moe": {"num_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": (3,)},
-    "odd_vocabulary_one_kv_head": {"vocab_size": 131, "num_kv_heads": 1, "head_dim": 24},
-    "padded_vocabulary": {"vocab_size": 260, "hidden_size": 48},
+    "plain": tiny_config(),
+    "router_not_normalised": tiny_config(norm_topk_prob=False, top_k=3),
+    "tied": tiny_config(tie_word_embeddings=True, vocab_size=97),
+    "dense_among_moe": tiny_config(num_layers=4, decoder_sparse_step=2, mlp_only_layers=(3,)),
+    "odd_vocabulary_one_kv_head": tiny_config(vocab_size=131, num_kv_heads=1, head_dim=24),
+    "padded_vocabulary": tiny_config(vocab_size=260, hidden_size=48),
+}
+DENSE_MODELS = {
+    "qwen2": qwen2_config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "qwen2_tied": qwen2_config(tie_word_embeddings=True, vocab_size=97),
+    "llama3": llama3_config(),
+    "llama_plain_rope": llama3_config(rope_parameters=None, tie_word_embeddings=True),
+}
+LATENT_MODELS = {
+    "deepseek_v3": deepseek_config(),
+    "kimi_k2": deepseek_config(
+        n_group=1, topk_group=1, n_shared_experts=1, rms_norm_eps=1e-2, rope_parameters=YARN | {"beta_fast": 1.0}
+    ),
+    "queries_in_one_step": deepseek_config(
+        q_lora_rank=None, num_hidden_layers=4, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    ),
 }
 LAYOUTS = {
     "single": Parallel(),
@@ -34,13 +60,21 @@ LAYOUTS = {
     "pp2": Parallel(pipeline=2, ranks=2),
     "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
     "tp4": Parallel(tensor=4, expert=4, ranks=4),
+    "dense_tp4": Parallel(tensor=4, ranks=4),
 }
+CASES = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS if layout != "dense_tp4"),
+    *((model, layout) for model in DENSE_MODELS for layout in ("single", "pp2", "dense_tp4")),
+    *((model, layout) for model in LATENT_MODELS for layout in ("single", "etp2", "tp2_ep2_pp2", "tp4")),
+]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(tiny_config(**MODELS[request.param]), seed=7)
-    return write_checkpoint(tmp_path_factory.mktemp(request.param), model)
+    name = request.param
+    model = tiny_model((MODELS | DENSE_MODELS | LATENT_MODELS)[name], seed=7)
+    model_type = name if name == "kimi_k2" else None
+    return write_checkpoint(tmp_path_factory.mktemp(name), model, model_type)
 
 
 def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
@@ -62,10 +96,8 @@ def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
     )  # fmt: skip
 
 
-def transformers_stats(path: Path, batch: MicroBatch, temperature: float) -> dict[str, np.ndarray]:
-    from transformers import Qwen3MoeForCausalLM
-
-    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def transformers_stats(path: Path, batch: MicroBatch, temperature: float, **changes: Any) -> dict[str, np.ndarray]:
+    model = read_checkpoint(path, **changes)
     with torch.no_grad():
         logits = model(torch.from_numpy(batch.input_ids)).logits / temperature
     log_p = torch.log_softmax(logits.double().transpose(0, 1).flatten(0, 1)[torch.from_numpy(batch.row)], -1)
@@ -81,7 +113,7 @@ def transformers_stats(path: Path, batch: MicroBatch, temperature: float) -> dic
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("checkpoint", "layout"), CASES, indirect=["checkpoint"])
 def test_statistics_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
     parallel = LAYOUTS[layout]
     vocab_size = _vocab_size(checkpoint)
@@ -96,6 +128,35 @@ def test_statistics_equal_transformers(ranks: RankPool, checkpoint: Path, layout
                 np.testing.assert_allclose(answer[index][name], values, rtol=0, atol=TOLERANCE, err_msg=name)
                 # every TP rank must see the very same bits, or the ranks would mask differently
                 np.testing.assert_array_equal(answer[index][name], last_stage[0][index][name])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes"),
+    [
+        ("llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}),
+        ("deepseek_v3", {"topk_group": 4}),
+        ("kimi_k2", {"rms_norm_eps": 1e-6}),
+    ],
+    indirect=["checkpoint"],
+)
+def test_the_features_under_test_are_visible(checkpoint: Path, changes: dict[str, Any]) -> None:
+    """Without one of them the reference itself moves by a hundred tolerances at the tested lengths."""
+    batch = random_batch(_vocab_size(checkpoint), [9, 16, 5], seed=1)
+    with_it, without = (transformers_stats(checkpoint, batch, 0.8, **c) for c in ({}, changes))
+    assert np.abs(with_it["logprob"] - without["logprob"]).max() > 100 * TOLERANCE
+
+
+def test_multi_token_prediction_is_skipped_and_said_once(ranks: RankPool, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", tiny_model(deepseek_config(), seed=7))
+    extra = {f"model.layers.2.{name}.weight": torch.ones(3) for name in ("enorm", "hnorm", "mlp.experts.0.up_proj")}
+    save_file(extra, path / "mtp.safetensors")
+    answers = ranks.run(loading_warnings, LAYOUTS["tp2_ep2"], path)
+    assert answers == [
+        [f"{path}: 3 tensors of multi-token prediction are not loaded: neither trained nor exported"],
+        [],
+    ]
 
 
 def _vocab_size(path: Path) -> int:

@@ -16,7 +16,15 @@ from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, sav
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import poisoned_step, rl_steps
 from tests.distributed.rank_pool import RankPool
-from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import (
+    deepseek_config,
+    hub_tensors,
+    qwen2_config,
+    read_checkpoint,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+)
 
 VOCAB, NUM_TOPK = 64, 4
 GROUPS, SAMPLES = 4, 3
@@ -64,9 +72,7 @@ def config(parallel: Parallel, **sections: Any) -> Config:
 def samples(path: Path) -> tuple[Path, np.ndarray]:
     """A batch file and its groups: responses of 3 to 9 tokens sampled from mu, which is transformers' policy with noise
     on its logits, so that masks on both sides bite."""
-    from transformers import Qwen3MoeForCausalLM
-
-    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = read_checkpoint(path)
     generator = torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     scored = [
@@ -115,7 +121,26 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 def test_two_steps_equal_one_rank(
     ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str, objective: str
 ) -> None:
-    parallel = LAYOUTS[layout]
+    check_two_steps(ranks, checkpoint, objective, LAYOUTS[layout], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        (deepseek_config(), Parallel(tensor=2, expert=2, pipeline=2, ranks=4)),
+        (deepseek_config(q_lora_rank=None, n_group=1, topk_group=1), Parallel(tensor=2, expert_tensor=2, ranks=4)),
+        (qwen2_config(), Parallel(tensor=4, ranks=4)),
+    ],
+    ids=["deepseek_v3", "queries_in_one_step", "qwen2"],
+)
+def test_two_steps_of_other_architectures(
+    ranks: RankPool, model: Any, parallel: Parallel, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("other") / "model", tiny_model(model, seed=5))
+    check_two_steps(ranks, checkpoint, "binary_tv", parallel, tmp_path)
+
+
+def check_two_steps(ranks: RankPool, checkpoint: Path, objective: str, parallel: Parallel, tmp_path: Path) -> None:
     expected, expected_metrics = on_one_rank(ranks, checkpoint, objective, checkpoint.parent)
     settings = config(parallel, **OBJECTIVES[objective])
     answers = ranks.run(rl_steps, parallel, checkpoint, settings, *samples(checkpoint), tmp_path)
@@ -167,6 +192,19 @@ def test_bfloat16_is_near_fp32(ranks: RankPool, checkpoint: Path, tmp_path: Path
     assert metrics[0]["entropy"] == pytest.approx(fp32[0]["entropy"], rel=0.05)
     assert metrics[0]["mean_abs_pi_minus_mu"] == pytest.approx(fp32[0]["mean_abs_pi_minus_mu"], rel=0.1)
     assert metrics[0]["grad_norm"] == pytest.approx(fp32[0]["grad_norm"], rel=0.2)
+
+
+def test_a_routers_bias_keeps_its_bits(ranks: RankPool, tmp_path: Path) -> None:
+    """Two steps in bf16: everything moves but the buffer, which stays in fp32 and goes to the engines as it was."""
+    path = write_checkpoint(tmp_path / "model", tiny_model(deepseek_config(), seed=5))
+    settings = config(LAYOUTS["tp2_ep2"], **OBJECTIVES["binary_tv"], model={"path": "unused", "dtype": "bfloat16"})
+    weights, _ = ranks.run(rl_steps, LAYOUTS["tp2_ep2"], path, settings, *samples(path), tmp_path)[0]
+    before = hub_tensors(path)
+    assert before.keys() == weights.keys()
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    np.testing.assert_array_equal(weights[bias], before[bias].numpy())
+    for name in before.keys() - {bias}:
+        assert not np.array_equal(weights[name], before[name].bfloat16().float()), f"{name} has not moved"
 
 
 def test_the_mismatch_is_of_the_first_minibatch_only(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:

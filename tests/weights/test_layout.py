@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from megatron_dppo.architecture import Architecture
+from megatron_dppo.architecture import Architecture, LatentAttention
 from megatron_dppo.weights.layout import (
     Coordinates,
     Parallel,
@@ -17,7 +17,7 @@ from megatron_dppo.weights.layout import (
     megatron_layout,
     padded_vocab_size,
 )
-from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.mapping import entries, float32_tensors, hub_shapes, mtp_tensors
 
 SMALL = Architecture(
     model_type="qwen3_moe", num_layers=4, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
@@ -25,6 +25,22 @@ SMALL = Architecture(
     tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=4,
     moe_layers=(True, False, True, True),
 )  # fmt: skip
+LATENT = dataclasses.replace(
+    SMALL, model_type="deepseek_v3", num_key_value_heads=4, head_dim=5, shared_expert_intermediate_size=8,
+    moe_layers=(False, True, True, True),
+    latent=LatentAttention(q_lora_rank=6, kv_lora_rank=4, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4),
+)  # fmt: skip
+DENSE = dataclasses.replace(SMALL, num_experts=0, moe_layers=(False,) * 4)
+ARCHITECTURES = {
+    "qwen3_moe": SMALL,
+    "tied": dataclasses.replace(SMALL, tie_word_embeddings=True),
+    "qwen2": dataclasses.replace(DENSE, model_type="qwen2"),
+    "llama": dataclasses.replace(DENSE, model_type="llama"),
+    "deepseek_v3": LATENT,
+    "queries_in_one_step": dataclasses.replace(
+        LATENT, model_type="kimi_k2", latent=dataclasses.replace(LATENT.latent, q_lora_rank=None)
+    ),
+}
 LAYOUTS = [
     Parallel(),
     Parallel(tensor=2, ranks=2),
@@ -37,12 +53,12 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_owned_boxes_tile_every_tensor_once(parallel: Parallel, tied: bool) -> None:
-    arch = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+def test_owned_boxes_tile_every_tensor_once(parallel: Parallel, family: str) -> None:
+    arch = ARCHITECTURES[family]
     written = {name: np.zeros(shape, int) for name, shape in hub_shapes(arch).items()}
-    assert ("lm_head.weight" in written) is not tied
+    assert ("lm_head.weight" in written) is not arch.tie_word_embeddings
     for rank in range(parallel.ranks):
         for piece in megatron_layout(arch, parallel, rank):
             if piece.replica == 0:
@@ -51,11 +67,12 @@ def test_owned_boxes_tile_every_tensor_once(parallel: Parallel, tied: bool) -> N
         assert (count == 1).all(), name
 
 
+@pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_pieces_of_a_parameter_fill_it_without_overlap(parallel: Parallel) -> None:
+def test_pieces_of_a_parameter_fill_it_without_overlap(parallel: Parallel, family: str) -> None:
     for rank in range(parallel.ranks):
         filled: dict[str, np.ndarray] = {}
-        for piece in megatron_layout(SMALL, parallel, rank):
+        for piece in megatron_layout(ARCHITECTURES[family], parallel, rank):
             box = filled.setdefault(piece.param, np.zeros((64, 64) if len(piece.start) == 2 else (64,), int))
             box[piece.local_index] += 1
         for name, box in filled.items():
@@ -76,6 +93,64 @@ def test_qkv_is_interleaved_by_group_and_split_inside_a_group() -> None:
     assert boxes(1) == [("k_proj", 0, 2, 0), ("v_proj", 0, 2, 2)]
     assert boxes(2) == [("q_proj", 4, 8, 0)]
     assert boxes(3) == [("k_proj", 2, 4, 0), ("v_proj", 2, 4, 2)]
+
+
+def test_a_bias_is_interleaved_as_its_weight() -> None:
+    def boxes(kind: str) -> list[tuple[str, int, int, int]]:
+        layout = megatron_layout(ARCHITECTURES["qwen2"], Parallel(tensor=4, ranks=4), 3)
+        pieces = [p for p in layout if p.param == f"decoder.layers.0.self_attention.linear_qkv.{kind}"]
+        return [(p.tensor.removesuffix(kind), p.start[0], p.stop[0], p.offset[0]) for p in pieces]
+
+    assert boxes("bias") == boxes("weight")
+    assert [box[1:] for box in boxes("bias")] == [(2, 4, 0), (2, 4, 2)]
+
+
+def test_latent_attention_is_split_by_heads_and_its_down_projections_are_whole() -> None:
+    """TP2 over four heads of 3 + 2 query rows, 3 + 4 key and value rows, 4 value columns; rank 1 has heads 2 and 3."""
+    layout = megatron_layout(LATENT, Parallel(tensor=2, ranks=2), 1)
+    prefix = "decoder.layers.1.self_attention."
+    pieces = [p for p in layout if p.param.startswith(prefix)]
+    boxes = {
+        p.param.removeprefix(prefix): (p.tensor.removeprefix("model.layers.1.self_attn."), p.start, p.stop)
+        for p in pieces
+    }
+    assert boxes == {
+        "linear_q_down_proj.weight": ("q_a_proj.weight", (0, 0), (6, 8)),
+        "q_layernorm.weight": ("q_a_layernorm.weight", (0,), (6,)),
+        "linear_q_up_proj.weight": ("q_b_proj.weight", (10, 0), (20, 6)),
+        "linear_kv_down_proj.weight": ("kv_a_proj_with_mqa.weight", (0, 0), (6, 8)),
+        "kv_layernorm.weight": ("kv_a_layernorm.weight", (0,), (4,)),
+        "linear_kv_up_proj.weight": ("kv_b_proj.weight", (14, 0), (28, 4)),
+        "linear_proj.weight": ("o_proj.weight", (0, 8), (8, 16)),
+    }
+    assert {p.replica for p in pieces if p.start[0] == p.start[-1] == 0} == {1}  # rank 0 exports what both hold
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_transformer_engine_renames_norms_only(family: str) -> None:
+    plain, fused = (list(entries(ARCHITECTURES[family], 11, engine)) for engine in (False, True))
+    assert [dataclasses.replace(e, param="") for e in plain] == [dataclasses.replace(e, param="") for e in fused]
+    renamed = {(a.param, b.param) for a, b in zip(plain, fused, strict=True) if a.param != b.param}
+    assert renamed and all("norm" in a and b.endswith("layer_norm_weight") for a, b in renamed)
+
+
+def test_shared_experts_are_split_over_tp_and_the_routers_bias_is_not() -> None:
+    parallel = Parallel(tensor=2, expert=2, ranks=2)  # experts are not split, shared experts are
+    shapes = {}
+    for piece in megatron_layout(LATENT, parallel, 1):
+        if piece.param.startswith("decoder.layers.1.mlp."):
+            shapes[piece.tensor.removeprefix("model.layers.1.mlp.")] = (piece.start, piece.stop)
+    assert shapes["shared_experts.gate_proj.weight"] == ((4, 0), (8, 8))
+    assert shapes["shared_experts.down_proj.weight"] == ((0, 4), (8, 8))
+    assert shapes["experts.2.gate_proj.weight"] == ((0, 0), (4, 8))
+    assert shapes["gate.e_score_correction_bias"] == ((0,), (4,))
+    assert float32_tensors(LATENT) == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2, 3)}
+    assert not float32_tensors(SMALL)
+
+
+def test_layers_behind_the_last_are_multi_token_prediction() -> None:
+    names = ["model.layers.3.mlp.gate.weight", "model.layers.4.eh_proj.weight", "model.layers.10.x", "lm_head.weight"]
+    assert mtp_tensors(LATENT, names) == names[1:3]
 
 
 def test_gate_and_up_stay_beside_each_other_on_every_rank() -> None:

@@ -14,13 +14,29 @@ from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout
 from megatron_dppo.weights.local import checkpoint_files, export_pieces, load_pieces
 from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.sync import SharedImage, image_layout, save_checkpoint
-from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import (
+    deepseek_config,
+    hub_tensors,
+    llama3_config,
+    qwen2_config,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+)
+
+MODELS = {
+    "qwen3_moe": tiny_config(num_layers=4, mlp_only_layers=(0,), vocab_size=61),
+    "qwen2": qwen2_config(tie_word_embeddings=True),
+    "llama": llama3_config(),
+    "deepseek_v3": deepseek_config(),
+    "kimi_k2": deepseek_config(q_lora_rank=None),
+}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(tiny_config(num_layers=4, mlp_only_layers=(0,), vocab_size=61), seed=2)
-    return write_checkpoint(tmp_path_factory.mktemp("model"), model)
+@pytest.fixture(scope="module", params=["qwen3_moe"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(MODELS[request.param], seed=2)
+    return write_checkpoint(tmp_path_factory.mktemp("model"), model, request.param)
 
 
 def empty_parameters(pieces: list[Piece]) -> dict[str, torch.Tensor]:
@@ -38,6 +54,7 @@ def empty_parameters(pieces: list[Piece]) -> dict[str, torch.Tensor]:
     [Parallel(), Parallel(tensor=4, expert=2, ranks=4), Parallel(tensor=2, expert=2, pipeline=2, ranks=8)],
     ids=str,
 )
+@pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_all_ranks_together_write_the_checkpoint_they_read(
     checkpoint: Path, parallel: Parallel, tmp_path: Path
 ) -> None:
@@ -66,6 +83,28 @@ def test_a_saved_checkpoint_says_its_dtype(checkpoint: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("checkpoint", ["deepseek_v3"], indirect=True)
+def test_multi_token_prediction_is_neither_loaded_nor_announced(checkpoint: Path, tmp_path: Path) -> None:
+    """Tensors behind the last layer are left alone; what is saved without them says that it has none."""
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(64, 128)}
+    arch, path = broken(checkpoint, tmp_path, extra)
+    assert json.loads((checkpoint / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    pieces = list(megatron_layout(arch, Parallel(), 0))
+    load_pieces(empty_parameters(pieces), pieces, checkpoint_files(path))
+    save_checkpoint(hub_tensors(checkpoint), checkpoint, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_an_image_keeps_named_tensors_in_float32(tmp_path: Path) -> None:
+    image = SharedImage(tmp_path / "image", {"weight": (3,), "bias": (5,)}, torch.bfloat16, {"bias"})
+    values = {"weight": torch.full((3,), 1.5), "bias": torch.tensor([1 / 3, -0.1, 1e-8, 0.0, 7.0])}
+    pieces = [Piece(name, (0,), tuple(v.shape), name, (0,), 0) for name, v in values.items()]
+    export_pieces(values, pieces, image.tensors)
+    assert torch.equal(image.tensors["bias"], values["bias"])
+    assert image.tensors["weight"].dtype == torch.bfloat16 and image.tensors["weight"].tolist() == [1.5] * 3
+    assert [entry[1] for entry in image.layout.tensors] == ["bfloat16", "float32"]
+
+
 def test_image_layout_aligns_and_does_not_overlap() -> None:
     layout = image_layout({"a": (3, 5), "b": (7,), "c": (64,)}, torch.bfloat16)
     assert layout.tensors == (("a", "bfloat16", (3, 5), 0), ("b", "bfloat16", (7,), 64), ("c", "bfloat16", (64,), 128))
@@ -85,6 +124,10 @@ def broken(checkpoint: Path, tmp_path: Path, change: dict[str, torch.Tensor | No
         (
             {"model.norm.weight": None},
             "got no tensor model.norm.weight, expected it for decoder.final_layernorm.weight",
+        ),
+        (
+            {"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)},
+            "got model.norm.weight in F8_E4M3, expected one of BF16, F16, F32",
         ),
         ({"model.norm.weight": torch.ones(3)}, r"got model.norm.weight of shape \(3,\), expected at least \(64,\)"),
     ],
