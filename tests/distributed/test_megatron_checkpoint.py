@@ -18,12 +18,15 @@ from megatron_dppo.weights.layout import Parallel
 from megatron_dppo.weights.verify import differences
 from tests.distributed.jobs import numpy
 from tests.distributed.rank_pool import RankPool
-from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import deepseek_config, llama3_config, qwen2_config, tiny_config, tiny_model, write_checkpoint
 
 MODELS = {
-    "moe": {"vocab_size": 97},
-    "dense_among_moe": {"num_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": (3,)},
-    "tied_one_kv_head": {"tie_word_embeddings": True, "num_kv_heads": 1, "vocab_size": 64},
+    "moe": tiny_config(vocab_size=97),
+    "dense_among_moe": tiny_config(num_layers=4, decoder_sparse_step=2, mlp_only_layers=(3,)),
+    "tied_one_kv_head": tiny_config(tie_word_embeddings=True, num_kv_heads=1, vocab_size=64),
+    "qwen2": qwen2_config(),
+    "llama3": llama3_config(),
+    "deepseek_v3": deepseek_config(),
 }
 LAYOUTS = {
     "single": Parallel(),
@@ -34,10 +37,18 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+CASES = [
+    *((model, layout) for model in ("moe", "dense_among_moe", "tied_one_kv_head") for layout in LAYOUTS),
+    *(("qwen2", layout) for layout in ("single", "pp2")),
+    *(("llama3", layout) for layout in ("single", "pp2")),
+    *(("deepseek_v3", layout) for layout in ("single", "etp2", "tp2_ep2_pp2")),
+]
+
+
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param) / "hf"
-    return write_checkpoint(path, tiny_model(tiny_config(**MODELS[request.param]), seed=11))
+    return write_checkpoint(path, tiny_model(MODELS[request.param], seed=11))
 
 
 def schemes(checkpoint: Path) -> list[KeyScheme]:
@@ -78,14 +89,16 @@ def save_by_megatron(rank: Rank, hf: Path, megatron: Path, scheme: KeyScheme) ->
     dist_checkpointing.save(state, str(megatron), sharded_strategy=strategy, content_metadata=metadata)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("checkpoint", "layout"), CASES, indirect=["checkpoint"])
 def test_megatron_loads_what_we_write(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
     for scheme in schemes(checkpoint):
         hf_to_megatron(checkpoint, tmp_path / scheme, scheme=scheme, say=lambda _: None)
         ranks.run(load_by_megatron, LAYOUTS[layout], checkpoint, tmp_path / scheme)
 
 
-@pytest.mark.parametrize("layout", ["tp2_ep2_pp2", "etp2"])
+@pytest.mark.parametrize(
+    ("checkpoint", "layout"), [c for c in CASES if c[1] in ("tp2_ep2_pp2", "etp2")], indirect=["checkpoint"]
+)
 def test_we_read_what_megatron_saves(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
     for scheme in schemes(checkpoint):
         megatron, back = tmp_path / scheme, tmp_path / f"{scheme}_hf"
