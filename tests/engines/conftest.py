@@ -27,6 +27,15 @@ MAX_LOGPROBS = 40
 READY_DEADLINE_S = 180.0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_interpreter() -> Iterator[None]:
+    """Engines compile what they have; Triton's interpreter is for tests/head."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    yield
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
+
+
 @dataclass(frozen=True)
 class Served:
     """A running engine and the model that it was started with."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from megatron_dppo.head import kernels, reference
+from megatron_dppo.head.reference import RowScalars
 
-from megatron_dppo.head import kernels, reference  # noqa: E402
-from megatron_dppo.head.reference import RowScalars  # noqa: E402
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter (tests/conftest.py)
 
 T = 5
 
