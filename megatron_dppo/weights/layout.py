@@ -143,12 +143,19 @@ def megatron_layout(
     parallelism does not divide the model.
     """
     at = coordinates(parallel, rank)
+    experts = range(0)
+    if arch.is_moe:
+        share = _divide(arch.num_experts, parallel.expert, "experts", "expert")
+        experts = range(at.expert * share, (at.expert + 1) * share)
+    padded_vocab = padded_vocab_size(arch.vocab_size, parallel.tensor)
     for chunk in range(parallel.virtual):
         prefix = f"chunk{chunk}." if parallel.virtual > 1 else ""
         layers = chunk_layers(arch.num_layers, parallel, at.pipeline, chunk)
-        for entry in entries(arch, padded_vocab_size(arch.vocab_size, parallel.tensor), transformer_engine):
-            name = _local_name(entry, arch, parallel, at, layers, chunk)
-            if name is not None:
+        for entry in entries(arch, padded_vocab, transformer_engine, layers, experts):
+            number = chunk * parallel.pipeline + at.pipeline
+            if _is_in_chunk(entry, arch, number, parallel.pipeline * parallel.virtual - 1):
+                expert = 0 if entry.expert is None else entry.expert - experts.start
+                name = entry.param.format(layer=(entry.layer or 0) - layers.start, expert=expert)
                 yield from _pieces(entry, prefix + name, parallel, at, computing_copy=_is_tied_head(entry, arch))
 
 
@@ -156,27 +163,14 @@ def _is_tied_head(entry: Entry, arch: Architecture) -> bool:
     return entry.param == "output_layer.weight" and arch.tie_word_embeddings
 
 
-def _local_name(
-    entry: Entry, arch: Architecture, parallel: Parallel, at: Coordinates, layers: range, chunk: int
-) -> str | None:
-    """The parameter's name in this chunk, or None where another chunk, stage or expert rank holds it."""
-    number, last = chunk * parallel.pipeline + at.pipeline, parallel.pipeline * parallel.virtual - 1
+def _is_in_chunk(entry: Entry, arch: Architecture, number: int, last: int) -> bool:
+    """Whether chunk `number` holds what is not in a layer: the embedding the first, final norm and head the last."""
+    if entry.layer is not None:
+        return True
     if entry.param.startswith("embedding."):
-        return entry.param if number == 0 else None
-    if entry.param == "output_layer.weight":
-        # With one stage a tied head is the embedding itself, not a parameter of its own.
-        absent = arch.tie_word_embeddings and last == 0
-        return entry.param if number == last and not absent else None
-    if entry.layer is None:
-        return entry.param if number == last else None
-    if entry.layer not in layers:
-        return None
-    local_expert = 0
-    if entry.expert is not None:
-        owner, local_expert = divmod(entry.expert, _divide(arch.num_experts, parallel.expert, "experts", "expert"))
-        if owner != at.expert:
-            return None
-    return entry.param.format(layer=entry.layer - layers.start, expert=local_expert)
+        return number == 0
+    # With one stage a tied head is the embedding itself, not a parameter of its own.
+    return number == last and not (_is_tied_head(entry, arch) and last == 0)
 
 
 def _divide(size: int, parts: int, what: str, key: str) -> int:

@@ -75,19 +75,30 @@ def mtp_tensors(arch: Architecture, names: Iterable[str]) -> list[str]:
     return [name for name in names if (found := layer.match(name)) and int(found[1]) >= arch.num_layers]
 
 
-def entries(arch: Architecture, padded_vocab: int, transformer_engine: bool = False) -> Iterator[Entry]:
+def entries(
+    arch: Architecture,
+    padded_vocab: int,
+    transformer_engine: bool = False,
+    layers: range | None = None,
+    experts: range | None = None,
+) -> Iterator[Entry]:
     """The table of a model, embedding first, head last.
 
     `padded_vocab`: rows of Megatron's embedding and head (the vocabulary rounded up so that TP divides it).
     `transformer_engine`: names of Megatron's TE layer spec, which keeps a norm inside the linear behind it.
+    `layers`, `experts`: only these (None: all), so that a rank of a large model does not walk the others'.
     """
     hidden = arch.hidden_size
     vocab = (Run("model.embed_tokens.weight", 0, arch.vocab_size),)
     yield Entry("embedding.word_embeddings.weight", vocab, (padded_vocab, hidden), split="whole")
     attention = _grouped_attention if arch.latent is None else _latent_attention
-    for layer in range(arch.num_layers):
+    experts = range(arch.num_experts) if experts is None else experts
+    for layer in range(arch.num_layers) if layers is None else layers:
         yield from attention(arch, layer, transformer_engine)
-        yield from (_moe if arch.moe_layers[layer] else _dense_mlp)(arch, layer, transformer_engine)
+        if arch.moe_layers[layer]:
+            yield from _moe(arch, layer, experts)
+        else:
+            yield from _dense_mlp(arch, layer, transformer_engine)
     yield Entry("decoder.final_layernorm.weight", (Run("model.norm.weight", 0, hidden),), (hidden,))
     head = vocab if arch.tie_word_embeddings else (Run("lm_head.weight", 0, arch.vocab_size),)
     yield Entry("output_layer.weight", head, (padded_vocab, hidden), split="whole")
@@ -160,19 +171,19 @@ def _dense_mlp(arch: Architecture, layer: int, transformer_engine: bool) -> Iter
     yield from _gated_mlp("mlp.", "mlp.", arch.hidden_size, arch.intermediate_size, layer)
 
 
-def _moe(arch: Architecture, layer: int, transformer_engine: bool) -> Iterator[Entry]:
-    hidden, experts = arch.hidden_size, arch.num_experts
+def _moe(arch: Architecture, layer: int, experts: range) -> Iterator[Entry]:
+    hidden = arch.hidden_size
     rows: list[Row] = [
         ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (hidden,), None),
-        ("mlp.router.weight", "mlp.gate.weight", (experts, hidden), None),
+        ("mlp.router.weight", "mlp.gate.weight", (arch.num_experts, hidden), None),
     ]
     yield from _single(rows, layer)
     if arch.sigmoid_router:
-        bias: Row = ("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", (experts,), None)
+        bias: Row = ("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", (arch.num_experts,), None)
         yield from (replace(entry, float32=True) for entry in _single([bias], layer))
     if width := arch.shared_expert_intermediate_size:
         yield from _gated_mlp("mlp.shared_experts.", "mlp.shared_experts.", hidden, width, layer)
-    for expert in range(experts):
+    for expert in experts:
         hub, local = f"mlp.experts.{expert}.", "mlp.experts.local_experts.{expert}."
         yield from _gated_mlp(hub, local, hidden, arch.moe_intermediate_size, layer, expert)
 

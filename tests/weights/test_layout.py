@@ -50,6 +50,9 @@ LAYOUTS = [
     Parallel(tensor=2, expert=2, pipeline=2, ranks=8),
     Parallel(pipeline=4, ranks=4),
     Parallel(tensor=2, ranks=6),  # three data-parallel replicas
+    Parallel(pipeline=2, virtual=2, ranks=2),
+    Parallel(tensor=2, expert=2, pipeline=2, ranks=4, chunk_layers=(3, 1)),
+    Parallel(pipeline=2, virtual=2, ranks=4, chunk_layers=(0, 2, 1, 1)),
 ]
 
 
@@ -234,3 +237,63 @@ def test_layouts_that_do_not_divide_the_model_are_refused(parallel: Parallel, me
 def test_ranks_must_be_a_multiple_of_the_model_parallel_size() -> None:
     with pytest.raises(ValueError, match="tensor x pipeline = 4, expected a divisor of ranks = 6"):
         Parallel(tensor=2, pipeline=2, ranks=6)
+
+
+def test_chunks_of_virtual_stages_alternate_between_ranks() -> None:
+    """Four layers, two ranks of two chunks: rank 0 has layers 0 and 2, rank 1 layers 1 and 3."""
+
+    def norms(rank: int, **changes: object) -> list[tuple[str, str]]:
+        layout = megatron_layout(SMALL, Parallel(pipeline=2, virtual=2, ranks=2, **changes), rank)  # type: ignore[arg-type]
+        return [
+            (p.param, p.tensor) for p in layout if p.tensor.endswith(("input_layernorm.weight", "model.norm.weight"))
+        ]
+
+    plain = "decoder.layers.{}.input_layernorm.weight", "model.layers.{}.input_layernorm.weight"
+    assert norms(0) == [
+        ("chunk0." + plain[0].format(0), plain[1].format(0)),
+        ("chunk1." + plain[0].format(0), plain[1].format(2)),
+    ]
+    assert norms(1)[-1] == ("chunk1.decoder.final_layernorm.weight", "model.norm.weight")
+    uneven = norms(1, chunk_layers=(0, 2, 1, 1))
+    assert [tensor.split(".")[2] for _, tensor in uneven[:3]] == ["0", "1", "3"]
+    assert uneven[1][0] == "chunk0." + plain[0].format(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_layers": (1, 2)}, "parallel.chunk_layers: got 3 layers in all, expected the model's 4"),
+        ({"virtual": 3}, "parallel.pipeline x virtual: got 6, expected a divisor of 4 layers"),
+    ],
+)
+def test_chunks_that_do_not_fit_the_model(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(megatron_layout(SMALL, Parallel(pipeline=2, ranks=2, **changes), 0))
+
+
+def test_chunks_that_do_not_fit_the_ranks() -> None:
+    with pytest.raises(ValueError, match="parallel.chunk_layers: got 3 numbers, expected pipeline x virtual = 2"):
+        Parallel(pipeline=2, ranks=2, chunk_layers=(1, 1, 2))
+    with pytest.raises(ValueError, match="parallel.virtual: got 2, expected 1 with one pipeline stage"):
+        Parallel(virtual=2)
+
+
+def test_every_rank_of_a_trillion_parameters_in_seconds() -> None:
+    """Kimi-K2's numbers at TP 8 x PP 8 x EP 32, uneven stages: the boxes of all 256 ranks, counted."""
+    kimi = dataclasses.replace(
+        LATENT, model_type="kimi_k2", num_layers=61, hidden_size=7168, num_attention_heads=64, num_key_value_heads=64,
+        head_dim=192, intermediate_size=18432, vocab_size=163840, num_experts=384, num_experts_per_tok=8,
+        moe_intermediate_size=2048, shared_expert_intermediate_size=2048, moe_layers=(False,) + (True,) * 60,
+        latent=LatentAttention(
+            q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+    )  # fmt: skip
+    parallel = Parallel(tensor=8, expert=32, pipeline=8, ranks=256, chunk_layers=(8, 8, 8, 8, 8, 8, 8, 5))
+    owned = sum(
+        prod(b - a for a, b in zip(piece.start, piece.stop, strict=True))
+        for rank in range(parallel.ranks)
+        for piece in megatron_layout(kimi, parallel, rank)
+        if piece.replica == 0
+    )
+    assert owned == sum(prod(shape) for shape in hub_shapes(kimi).values())
+    assert 1.0e12 < owned < 1.05e12
