@@ -82,7 +82,7 @@ def hf_to_megatron(
         jobs = [
             functools.partial(_write_chunks, source, partial / name, part, dtypes)
             for name, part in zip(names, parts, strict=True)
-            if not (partial / name).is_file()
+            if not ((partial / name).is_file() and _places_file(partial / name).is_file())
         ]
         _run(jobs, workers, say)
         chunks = [
