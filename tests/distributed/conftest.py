@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.rank_pool import RankPool
 
-MOST_JOBS = 40  # Megatron's DDP never lets go of its process groups: some fifty threads stay with every job
+MOST_JOBS = 20  # Megatron's DDP never lets go of its process groups: some fifty threads stay with every job
 
 
 class _Pools:
