@@ -20,7 +20,7 @@ import psutil
 from megatron_dppo.processes import free_port
 from megatron_dppo.weights.layout import Parallel
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 class RankPool:
