@@ -32,11 +32,9 @@ def counted_rows(
     dtype of `hidden_NH`.
     """
     size = 1 if group is None else dist.get_world_size(group)
-    if size == 1:
-        return hidden_NH.index_select(0, to_device(rows, hidden_NH.device))
-    if not sequence_parallel:
+    if size == 1 or not sequence_parallel:
         counted = hidden_NH.index_select(0, to_device(rows, hidden_NH.device))
-        return _SumGradient.apply(counted, group)
+        return counted if size == 1 else _SumGradient.apply(counted, group)
     owner, local = np.divmod(rows, len(hidden_NH))
     counts = np.bincount(owner, minlength=size)
     most = int(counts.max())

@@ -34,7 +34,7 @@ LOCAL_EXPERT = "local_experts.{expert}."
 class Block:
     """`rows` whole rows of a hub tensor, and the box of a global tensor that they fill.
 
-    `keys`: the names that layer specs have for the tensor (all are written, any is read). `row_bytes`: in the file.
+    `keys`: the names that layer specs have for the tensor (all are written, any is read).
     """
 
     tensor: str
@@ -70,22 +70,20 @@ def global_blocks(
         names = dict.fromkeys((entry.param, _fused(entry.param), other.param))
         for run, suffix, extent, position in _placed_runs(entry, scheme):
             keys = tuple(_key(name, entry, scheme) + suffix for name in names)
-            shape = (extent, *entry.shape[1:]) if entry.axis == 0 else entry.shape
+            rest = entry.shape[1:]
             lead, lead_shape = _leading_axes(entry, arch, scheme)
-            width = math.prod(entry.shape[1:])
-            most = max(1, block_bytes // (width * itemsize))
+            most = max(1, block_bytes // (math.prod(rest) * itemsize))
             first, rows = (run.start, run.count) if entry.axis == 0 else (0, entry.shape[0])
             for row in range(0, rows, most):
                 count = min(most, rows - row)
-                rest = (0,) * (len(shape) - 1)
                 yield Block(
                     tensor=run.tensor,
                     row=first + row,
                     rows=count,
                     keys=keys,
-                    global_shape=(*lead_shape, *shape),
-                    offset=(*lead, position + row, *rest),
-                    shape=(*(1 for _ in lead), count, *shape[1:]),
+                    global_shape=(*lead_shape, extent, *rest),
+                    offset=(*lead, position + row, *(0 for _ in rest)),
+                    shape=(*(1 for _ in lead), count, *rest),
                 )
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_dppo.weights.hub_files import INDEX_FILE
 from megatron_dppo.weights.layout import Piece
 
-INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")  # what is a weight as it stands; 8 bits and less need scales
 
 
