@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dppo.head.reference import LOG2_E, LOWEST, RowParts, RowScalars
+from megatron_dppo.head.reference import LOG2_E, LOWEST, RowParts, RowScalars, target_gradient
 
 BLOCK = 4096  # columns in flight in one program
 NUM_WARPS = 8
@@ -49,6 +49,7 @@ def row_gradient_(
         _row_gradient[(tokens,)](
             logits_TV, gradient_TV, logits_TV.stride(0), gradient_TV.stride(0), columns,
             scalars.maximum, scalars.log_sum, scalars.entropy, target_column_T,
+            target_gradient(scalars, c_logprob_T, c_entropy_T, temperature),
             c_logprob_T.contiguous(), c_logprob_T if c_entropy_T is None else c_entropy_T.contiguous(), 1 / temperature,
             WITH_ENTROPY=c_entropy_T is not None,
             LOG2_E=tl.constexpr(LOG2_E), LOWEST=tl.constexpr(LOWEST), BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -91,7 +92,7 @@ def _row_statistics(
 @triton.jit
 def _row_gradient(
     logits, gradient, row_stride, gradient_stride, columns,
-    maximum, log_sum, entropy, target_column, c_logprob, c_entropy, inverse_temperature,
+    maximum, log_sum, entropy, target_column, target_value, c_logprob, c_entropy, inverse_temperature,
     WITH_ENTROPY: tl.constexpr, LOG2_E: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row, over its logits: `gradient` may be the same memory seen as a narrower type."""
@@ -99,6 +100,7 @@ def _row_gradient(
     m = tl.load(maximum + row)
     shift = tl.load(log_sum + row)
     target = tl.load(target_column + row)
+    of_target = tl.load(target_value + row)
     c = tl.load(c_logprob + row)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -112,5 +114,5 @@ def _row_gradient(
         slope = c
         if WITH_ENTROPY:
             slope = c + tl.load(c_entropy + row) * (log_p + tl.load(entropy + row))
-        g = (tl.where(column == target, c, 0.0) - p * slope) * inverse_temperature
+        g = tl.where(column == target, of_target, -p * slope * inverse_temperature)
         tl.store(gradient + row * gradient_stride + column, g.to(gradient.dtype.element_ty), column < columns)

@@ -40,6 +40,7 @@ class RowScalars(NamedTuple):
     maximum: Tensor  # m of the whole vocabulary
     log_sum: Tensor  # log s of the whole vocabulary, relative to `maximum`
     entropy: Tensor
+    logprob: Tensor  # of the target
 
 
 def row_statistics_(logits_TV: Tensor, temperature: float, *, keep_logits: bool) -> RowParts:
@@ -91,8 +92,19 @@ def row_gradient_(
         logits_TV.mul_((-c_T * share)[:, None])
     else:
         _entropy_gradient_(logits_TV, scalars, c_T, c_entropy_T / temperature, temperature)
-    here = c_T.masked_fill(target_column_T < 0, 0.0)
-    return logits_TV.scatter_add_(1, target_column_T.clamp(min=0)[:, None], here[:, None]).to(dtype)
+    column_T1 = target_column_T.clamp(min=0)[:, None]
+    own_T1 = target_gradient(scalars, c_logprob_T, c_entropy_T, temperature)[:, None]
+    kept_T1 = torch.where(target_column_T[:, None] < 0, logits_TV.gather(1, column_T1), own_T1)
+    return logits_TV.scatter_(1, column_T1, kept_T1).to(dtype)
+
+
+def target_gradient(scalars: RowScalars, c_logprob_T: Tensor, c_entropy_T: Tensor | None, temperature: float) -> Tensor:
+    """The gradient of the target's logit, f32[T]: c (1 - p) keeps its digits next to p = 1, which c - c p loses."""
+    log_p = scalars.logprob.clamp(min=LOWEST)
+    own = -c_logprob_T * torch.expm1(log_p)
+    if c_entropy_T is not None:
+        own = own - c_entropy_T * log_p.exp() * (log_p + scalars.entropy)
+    return own / temperature
 
 
 def _entropy_gradient_(logits_TV: Tensor, scalars: RowScalars, c_T: Tensor, e_T: Tensor, temperature: float) -> None:

@@ -85,7 +85,7 @@ def merge(
         of_ids = logprob(topk_logit_TK).masked_fill_(topk_ids_TK < 0, -torch.inf)
         topk_logprob = torch.cat([of_ids, logprob_T1], dim=1)
     stats = TokenStats(logprob_T1[:, 0].contiguous(), entropy_T, topk_logprob, member)
-    return stats, RowScalars(parts.maximum, maximum_T.float(), log_sum_T.float(), entropy_T)
+    return stats, RowScalars(parts.maximum, maximum_T.float(), log_sum_T.float(), entropy_T, stats.logprob)
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.head import kernels, reference
-from megatron_dppo.head.reference import RowScalars
+from megatron_dppo.head.reference import RowParts, RowScalars
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter (tests/conftest.py)
 
@@ -52,6 +52,15 @@ def expected_gradient(
     return entropy, gradient / temperature
 
 
+def scalars_of(parts: RowParts, logits: Tensor, target: Tensor, temperature: float) -> RowScalars:
+    """Of a vocabulary that is this one shard."""
+    log_sum = parts.excess.double().log1p()
+    entropy = log_sum - parts.moment.double() / (1 + parts.excess.double())
+    chosen = logits.gather(1, target[:, None])[:, 0].double()
+    logprob = (chosen - parts.maximum.double()) / temperature - log_sum
+    return RowScalars(parts.maximum, parts.maximum, log_sum.float(), entropy.float(), logprob.float())
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "huge", "impossible_columns", "growing"])
@@ -76,7 +85,7 @@ def test_statistics_and_gradient(
     got_entropy = got_log_sum - parts.moment.double() / (1 + parts.excess.double())
     torch.testing.assert_close(got_entropy, entropy, rtol=2e-6, atol=1e-12)
 
-    scalars = RowScalars(parts.maximum, parts.maximum, got_log_sum.float(), got_entropy.float())
+    scalars = scalars_of(parts, logits, target, temperature)
     got = operations.row_gradient_(buffer, scalars, target, c, e, temperature, dtype=torch.float32)
     assert got.data_ptr() == buffer.data_ptr()  # in place
     torch.testing.assert_close(got.double(), gradient, rtol=0, atol=4e-6 / temperature)
@@ -95,9 +104,9 @@ def test_a_gradient_in_bf16(operations: ModuleType) -> None:
     target = torch.zeros(T, dtype=torch.long, device=DEVICE)
     c = torch.ones(T, device=DEVICE)
     _, gradient = expected_gradient(logits, target, c, c, 1.0)
+    original = logits.clone()
     parts = operations.row_statistics_(logits, 1.0, keep_logits=True)
-    log_sum = parts.excess.log1p()
-    scalars = RowScalars(parts.maximum, parts.maximum, log_sum, log_sum - parts.moment / (1 + parts.excess))
+    scalars = scalars_of(parts, original, target, 1.0)
     got = operations.row_gradient_(logits, scalars, target, c, c, 1.0, dtype=torch.bfloat16)
     assert got.dtype == torch.bfloat16 and got.shape == gradient.shape
     torch.testing.assert_close(got.double(), gradient, rtol=2**-7, atol=1e-6)  # Triton's interpreter truncates
@@ -109,7 +118,7 @@ def test_rows_wider_than_a_block_are_overwritten_in_order() -> None:
     target, c = torch.zeros(T, dtype=torch.long, device=DEVICE), torch.linspace(1, 2, T, device=DEVICE)
     _, gradient = expected_gradient(logits, target, c, None, 1.0)
     parts = kernels.row_statistics_(logits, 1.0, keep_logits=True)
-    scalars = RowScalars(parts.maximum, parts.maximum, parts.excess.log1p(), parts.moment)
+    scalars = scalars_of(parts, logits, target, 1.0)
     got = kernels.row_gradient_(logits, scalars, target, c, None, 1.0, dtype=torch.bfloat16)
     torch.testing.assert_close(got.double(), gradient, rtol=2**-7, atol=1e-6)
 
@@ -141,5 +150,5 @@ def test_no_tokens(operations: ModuleType) -> None:
     parts = operations.row_statistics_(none, 1.0, keep_logits=False)
     assert [part.shape for part in parts] == [(0,)] * 3
     ids, c = torch.empty(0, dtype=torch.long, device=DEVICE), torch.empty(0, device=DEVICE)
-    scalars = RowScalars(c, c, c, c)
+    scalars = RowScalars(c, c, c, c, c)
     assert operations.row_gradient_(none, scalars, ids, c, c, 1.0, dtype=torch.float32).shape == (0, 70)
