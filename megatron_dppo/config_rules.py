@@ -81,6 +81,17 @@ def _model_files(model: ModelConfig) -> Iterator[str]:
         yield f"model.path: no model.safetensors (nor its index) in {path}, expected the weights"
 
 
+def _quantised(model: ModelConfig) -> Iterator[str]:
+    """The engine would keep the checkpoint's 8-bit weights, and get others."""
+    path = model.path
+    method = _json(path / "config.json").get("quantization_config", {}).get("quant_method")
+    if method is not None:
+        yield (
+            f"model.path: got weights quantised by {method} in {path}, expected bfloat16 or float32: convert them with "
+            "`megatron-dppo convert hf-to-megatron` and `megatron-to-hf`, which dequantise"
+        )
+
+
 def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
     """The tokenizer is there and belongs to the model: no id beyond its vocabulary, the same end of text."""
     from tokenizers import Tokenizer
@@ -348,6 +359,7 @@ def _top_k(objective: ObjectiveConfig, rollout: RolloutConfig, arch: Architectur
 
 RULES = (
     _model_files,
+    _quantised,
     _engine,
     _tokenizer,
     _ranks,

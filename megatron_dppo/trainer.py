@@ -244,7 +244,7 @@ def main(config: Config) -> None:
         clip_grad=training.clip_grad,
     )
     optimizer = Optimizer(
-        model.chunk,
+        model.chunks,
         settings,
         dtype=dtype,
         distributed=split.distributed_optimizer,
@@ -259,7 +259,7 @@ def main(config: Config) -> None:
     trainer = Trainer(
         config=config,
         control=control,
-        model=replace(model, chunk=optimizer.model),
+        model=replace(model, chunks=optimizer.chunks),
         optimizer=optimizer,
         objective=objective_of(config),
         image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),

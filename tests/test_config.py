@@ -241,6 +241,7 @@ def test_two_overrides_that_an_objective_does_not_use_are_both_named(recipe: dic
         ({"eos_token_id": [3, 14]}, None),
         ({"eos_token_id": None}, "config.json has no eos_token_id, expected the tokenizer's 14"),
         ({"num_experts": None}, "parallel.expert: got 2, expected 1: the model has no experts"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "got weights quantised by fp8 in"),
         (LATENT, None),  # vLLM's list of head sizes is for the other attention
         (LATENT | {"moe_intermediate_size": 63}, "got 2, expected a divisor of the shared experts' width 63"),
         ({"num_attention_heads": None, "hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),

@@ -114,8 +114,8 @@ def train_rank(model_path: Path, seed: int) -> None:
         beta2=0.98,
         weight_decay=0.01,
     )
-    optimizer = Optimizer(model.chunk, settings, dtype=torch.float32, distributed=True)
-    model = replace(model, chunk=optimizer.model)
+    optimizer = Optimizer(model.chunks, settings, dtype=torch.float32, distributed=True)
+    model = replace(model, chunks=optimizer.chunks)
     for iteration in range(ITERATIONS):
         batch = supervised_batch(iteration, seed, rank.rank, tokenizer)
         optimizer.advance()

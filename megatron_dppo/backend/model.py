@@ -6,6 +6,7 @@ The model ends at the hidden states before the output layer (see `layers.HiddenS
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,17 @@ from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.head.statistics import VocabShard
-from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, padded_vocab_size
-from megatron_dppo.weights.local import checkpoint_files, load_pieces
-from megatron_dppo.weights.mapping import mtp_tensors
+from megatron_dppo.weights.checkpoint import check_tensors
+from megatron_dppo.weights.hub_files import HubFiles
+from megatron_dppo.weights.layout import (
+    Parallel,
+    Piece,
+    chunk_layers,
+    chunk_prefix,
+    megatron_layout,
+    padded_vocab_size,
+)
+from megatron_dppo.weights.local import load_pieces
 
 
 def transformer_config(
@@ -42,6 +51,8 @@ def transformer_config(
     settings = _latent_settings(arch) if arch.latent else {}
     if arch.is_moe:
         settings |= _moe_settings(arch, parallel)
+    if parallel.pipeline > 1:
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(arch, parallel)
     return (MLATransformerConfig if arch.latent else TransformerConfig)(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -68,6 +79,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # Megatron's other way of interleaving mixes up its messages where two stages have each other on both sides.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
         variable_seq_lengths=parallel.pipeline > 1,  # micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses such lengths, in dense models too
         calculate_per_token_loss=True,
@@ -76,6 +90,18 @@ def transformer_config(
         perform_initialization=False,  # every parameter is filled from the checkpoint
         **settings,
     )
+
+
+def _pipeline_layout(arch: Architecture, parallel: Parallel) -> list[list[str]]:
+    """What each chunk of layers holds, in the order of the model's depth: even, uneven and virtual stages alike."""
+    chunks = [
+        ["decoder"] * len(chunk_layers(arch.num_layers, parallel, rank, chunk))
+        for chunk in range(parallel.virtual)
+        for rank in range(parallel.pipeline)
+    ]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
@@ -99,7 +125,7 @@ def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": transformer_engine_installed(),
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
@@ -129,8 +155,10 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_parallel: bool) -> gpt_model.GPTModel:
-    """This rank's stage of the model, its parameters not yet filled.
+def build_chunks(
+    arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_parallel: bool
+) -> tuple[gpt_model.GPTModel, ...]:
+    """This rank's chunks of layers (one, unless stages are virtual), their parameters not yet filled.
 
     Raises ValueError where Megatron could not hold the model at this layout (its own messages come as they are).
     """
@@ -138,19 +166,26 @@ def build_model(arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_par
         what = "experts" if arch.is_moe else "latent attention"
         raise ValueError(f"parallel.sequence_parallel: got false, expected true ({what} under TP > 1 needs it)")
     config = transformer_config(arch, rank.parallel, dtype, sequence_parallel)
+    return tuple(_build_chunk(arch, rank, config, chunk) for chunk in range(rank.parallel.virtual))
+
+
+def _build_chunk(arch: Architecture, rank: Rank, config: TransformerConfig, chunk: int) -> gpt_model.GPTModel:
+    has_head = rank.is_last_stage and chunk == rank.parallel.virtual - 1
+    vp_stage = chunk if rank.parallel.virtual > 1 else None
     model = gpt_model.GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=padded_vocab_size(arch.vocab_size, rank.parallel.tensor),
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=rank.at.pipeline == 0,
-        post_process=rank.is_last_stage,
+        pre_process=rank.at.pipeline == 0 and chunk == 0,
+        post_process=has_head,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
+        vp_stage=vp_stage,
     )
-    if rank.is_last_stage:
+    if has_head:
         # Not a subclass of GPTModel: its post-processing changes its signature between Megatron's versions.
         model.output_layer.__class__ = HiddenStatesOutput
     if isinstance(arch.rope_scaling, Llama3Rope):
@@ -184,26 +219,17 @@ def _unwrapped(chunk: nn.Module) -> Any:
     return chunk.module if hasattr(chunk, "module") else chunk
 
 
-def stored_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and the buffers that a checkpoint has: the routers' biases (other buffers are counters and caches)."""
-    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")}
-    return dict(model.named_parameters()) | biases
-
-
-def head_weight(model: nn.Module) -> torch.Tensor:
-    """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
-    inner = _unwrapped(model)
-    if inner.share_embeddings_and_output_weights:
-        return inner.shared_embedding_or_output_weight()
-    return inner.output_layer.weight
+def _router_biases(chunk: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint has (others are counters and caches)."""
+    return {name: buffer for name, buffer in chunk.named_buffers() if name.endswith("router.expert_bias")}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A stage of the policy on this rank, its layout in hub tensors, and what its head needs to know."""
+    """A rank's part of the policy, its layout in hub tensors, and what its head needs to know."""
 
     rank: Rank
-    chunk: nn.Module  # GPTModel, or Megatron's DDP around it
+    chunks: tuple[nn.Module, ...]  # of layers, in the order of depth: GPTModels, or Megatron's DDP around each
     config: TransformerConfig
     arch: Architecture
     pieces: tuple[Piece, ...]
@@ -214,12 +240,27 @@ class Model:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by the names of the layout's pieces."""
-        return dict(_unwrapped(self.chunk).named_parameters())
+        return self._named(lambda chunk: dict(chunk.named_parameters()))
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """Everything that the layout's pieces name: parameters and the routers' biases."""
-        return stored_weights(_unwrapped(self.chunk))
+        return self.parameters | self._named(_router_biases)
+
+    def _named(self, tensors_of: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            chunk_prefix(self.rank.parallel, v) + name: tensor
+            for v, chunk in enumerate(self.chunks)
+            for name, tensor in tensors_of(_unwrapped(chunk)).items()
+        }
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
+        last = _unwrapped(self.chunks[-1])
+        if last.share_embeddings_and_output_weights:
+            return last.shared_embedding_or_output_weight()
+        return last.output_layer.weight
 
     def shard(self, weight: Tensor) -> VocabShard:
         """This TP rank's rows of the head."""
@@ -235,16 +276,20 @@ def load_model(
     temperature: float = 1.0,
     head_memory: HeadMemory = HeadMemory(),
 ) -> Model:
-    """This rank's stage of the model in a Hugging Face directory; each rank reads only the boxes it holds.
+    """This rank's part of the model in a Hugging Face directory; each rank reads only the rows it holds.
 
-    Layers for multi-token prediction are not loaded; rank 0 says so.
+    What this package does not compute (multi-token prediction) is left out; rank 0 says so. Raises ValueError and
+    FileNotFoundError naming what is wrong with the files.
     """
-    arch, files = load_architecture(path), checkpoint_files(path)
-    if rank.rank == 0 and (skipped := mtp_tensors(arch, files)):
-        message = "%s: %d tensors of multi-token prediction are not loaded: neither trained nor exported"
-        logging.getLogger(__name__).warning(message, path, len(skipped))
-    chunk = build_model(arch, rank, dtype, sequence_parallel)
-    pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine_installed()))
-    load_pieces(stored_weights(chunk), pieces, files)
-    device = next(chunk.parameters()).device
-    return Model(rank, chunk, chunk.config, arch, pieces, device, temperature, head_memory)
+    arch, files = load_architecture(path), HubFiles(path)
+    if (skipped := check_tensors(files, arch)) and rank.rank == 0:
+        message = "%s: %d tensors are left out, %s first: neither trained nor exported"
+        logging.getLogger(__name__).warning(message, path, len(skipped), skipped[0])
+    chunks = build_chunks(arch, rank, dtype, sequence_parallel)
+    fused = transformer_engine_installed()
+    pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine=fused, grouped_experts=fused))
+    device = next(p.device for chunk in chunks for p in chunk.parameters())
+    model = Model(rank, chunks, chunks[0].config, arch, pieces, device, temperature, head_memory)
+    load_pieces(model.weights, pieces, files)
+    files.close()
+    return model

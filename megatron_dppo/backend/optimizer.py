@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,29 +38,31 @@ class NonFinite(RuntimeError):
 
 
 class Optimizer:
-    """Megatron's optimizer of one stage: `zero`, then a loss pass, then `step`."""
+    """Megatron's optimizer of one rank: `zero`, then a loss pass, then `step`."""
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         settings: AdamSettings,
         *,
         dtype: torch.dtype,
         distributed: bool,
         overlap_grad_reduce: bool = False,
     ) -> None:
-        """Wraps `model` (see `self.model`); `distributed` shards the optimizer's state over replicas;
+        """Wraps the model's chunks (see `self.chunks`); `distributed` shards the optimizer's state over replicas;
         `overlap_grad_reduce` sums gradients over replicas while backward still runs."""
-        self.model = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=distributed,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=overlap_grad_reduce,
-            ),
-            model,
+        settings_of_ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap_grad_reduce,
         )
-        self.model.config.no_sync_func = self.model.no_sync  # the schedule: reduce in the last micro-batch only
+        self.chunks = tuple(
+            # Buckets are for overlapping, and only the first chunk's backward comes last.
+            DistributedDataParallel(chunk.config, settings_of_ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        )
+        no_syncs = [chunk.no_sync for chunk in self.chunks]  # the schedule: reduce in the last micro-batch only
+        self.chunks[0].config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -75,7 +77,7 @@ class Optimizer:
                 params_dtype=dtype,
                 use_distributed_optimizer=distributed,
             ),
-            [self.model],
+            list(self.chunks),
         )
         self._schedule = _schedule(self._optimizer, settings)
 
@@ -90,7 +92,8 @@ class Optimizer:
 
     def zero(self) -> None:
         """Clears gradients and the flags of their reduction."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def step(self, watch: Mapping[str, Tensor]) -> float:
@@ -105,14 +108,18 @@ class Optimizer:
         return float(norm)
 
     def _refuse_non_finite(self, watch: Mapping[str, Tensor]) -> None:
-        buffers = self.model.buffers + self.model.expert_parallel_buffers
+        buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         sums = [buffer.grad_data.sum(dtype=torch.float64) for buffer in buffers]
         total = torch.stack([*sums, *(value.double() for value in watch.values())]).sum()
         finite = torch.isfinite(total).to(torch.float32)
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if bool(finite):
             return
-        gradients = {f"the gradient of {name}": p.main_grad for name, p in self.model.module.named_parameters()}
+        gradients = {
+            f"the gradient of {name}{f' of chunk {v}' if v else ''}": p.main_grad
+            for v, chunk in enumerate(self.chunks)
+            for name, p in chunk.module.named_parameters()
+        }
         mine = [name for name, value in {**watch, **gradients}.items() if not bool(torch.isfinite(value).all())]
         # Every rank says the same, so that it does not matter which of them is heard first.
         of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dppo.algorithm.objectives import TokenStats
-from megatron_dppo.backend.model import Model, head_weight
+from megatron_dppo.backend.model import Model
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
@@ -37,7 +37,7 @@ def loss_pass(
     """
 
     def lose(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Sums]:
-        weight = head_weight(model.chunk)
+        weight = model.head_weight
         importance = to_device(batch.weight, model.device)
         sums: Sums = {}
 
@@ -66,7 +66,7 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
     ranks of the last stage, nothing elsewhere. Collectives: Megatron's and the head's."""
 
     def measure(_: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
-        weight = head_weight(model.chunk)
+        weight = model.head_weight
         target, topk_ids = _ids(batch, model)
         stats = token_stats(
             _counted_rows(hidden, batch, model), weight, target, topk_ids,
@@ -80,7 +80,7 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
 
 
 def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable, *, forward_only: bool) -> list:
-    """Megatron's schedule (none, or 1F1B over pipeline stages) with `last_stage` as its loss function."""
+    """Megatron's schedule (none, 1F1B or interleaved 1F1B over pipeline stages), `last_stage` as its loss function."""
 
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         index, batch = next(batches)
@@ -89,10 +89,11 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
         output = chunk(input_ids, positions, attention_mask=None)
         return output, lambda hidden: last_stage(index, batch, hidden)
 
+    iterators = [iter(enumerate(micro_batches)) for _ in model.chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(micro_batches)),
-        model=[model.chunk],
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(model.chunks),
         num_microbatches=len(micro_batches),
         seq_length=max(batch.input_ids.shape[1] for batch in micro_batches),
         micro_batch_size=max(batch.input_ids.shape[0] for batch in micro_batches),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -10,14 +12,21 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.weights.global_tensors import BLOCK_BYTES, SCHEMES, Block, KeyScheme, global_blocks
-from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, typed
+from megatron_dppo.weights.global_tensors import (
+    BLOCK_BYTES,
+    SCHEMES,
+    Block,
+    KeyScheme,
+    global_blocks,
+)
+from megatron_dppo.weights.hub_files import INDEX_FILE, HubFiles, TensorInfo, typed
 from megatron_dppo.weights.mapping import hub_shapes, mtp_tensors
 from megatron_dppo.weights.torch_dist import COMPLETE_FILE, TorchDistFiles
 
 CARRIED = "hf"  # in a Megatron checkpoint: the Hugging Face directory without its weights
 SCALE = "_scale_inv"  # of `X.weight` in float8, `X.weight_scale_inv`: one factor for each tile
 TILE = 128
+WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth", "*.pt", "*.gguf", "original", "onnx")  # not carried over
 
 
 class Checkpoint(Protocol):
@@ -45,7 +54,7 @@ class MegatronFiles:
         self._blocks: dict[str, list[tuple[Block, str]]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         shapes = hub_shapes(arch)
-        for block in global_blocks(arch, self._scheme(root, arch), block_bytes=1 << 62):
+        for block in global_blocks(arch, self._scheme(arch), block_bytes=1 << 62):
             key = self._dist.find(block.keys)
             if key is None:
                 raise ValueError(f"{root}: got no {' nor '.join(block.keys)}, expected it for {block.tensor}")
@@ -61,11 +70,12 @@ class MegatronFiles:
         if shape[1:] != block.global_shape[1:] or (rows < expected if may_pad else rows != expected):
             raise ValueError(f"{root}: {key}: got shape {shape}, expected {block.global_shape}")
 
-    def _scheme(self, root: Path, arch: Architecture) -> KeyScheme:
-        """The spelling of which most is there; what is missing from it is named later."""
+    def _scheme(self, arch: Architecture) -> KeyScheme:
+        """The spelling of which most of the last layer is there; what is missing from it is named later."""
+        last = range(arch.num_layers - 1, arch.num_layers)
 
         def found(scheme: KeyScheme) -> int:
-            blocks = global_blocks(arch, scheme, block_bytes=1 << 62)
+            blocks = global_blocks(arch, scheme, block_bytes=1 << 62, layers=last)
             return sum(self._dist.find(block.keys) is not None for block in blocks)
 
         return max(SCHEMES, key=found)
@@ -114,7 +124,7 @@ def carried_config(root: Path) -> Path:
 
 
 def check_tensors(checkpoint: HubFiles, arch: Architecture) -> list[str]:
-    """That the files hold the model's tensors; returns what is left out (MTP layers, recomputed rope tables).
+    """That the files hold the model's tensors; returns what is left out (MTP layers, what follows from the rest).
 
     Raises ValueError naming the first tensor that is missing, misshapen or unknown, and its file.
     """
@@ -124,6 +134,8 @@ def check_tensors(checkpoint: HubFiles, arch: Architecture) -> list[str]:
             raise ValueError(f"{checkpoint.root}: got no tensor {name}, expected it for {arch.model_type}")
         if stored[name].shape != shape:
             raise ValueError(f"{stored[name].file}: {name}: got shape {stored[name].shape}, expected {shape}")
+        if not stored[name].dtype.is_floating_point:
+            raise ValueError(f"{stored[name].file}: {name}: got {stored[name].dtype}, expected floating point")
         if stored[name].dtype == torch.float8_e4m3fn:
             tiles = tuple(-(-extent // TILE) for extent in shape)
             if name + SCALE not in stored or stored[name + SCALE].shape != tiles:
@@ -147,11 +159,36 @@ def row_blocks(tensor: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[t
     yield from ((row, min(most, tensor.shape[0] - row)) for row in range(0, tensor.shape[0], most))
 
 
-def dequantised(rows: Tensor, row: int, name: str, files: HubFiles) -> Tensor:
-    """float8 rows from `row` on, as fp32: each 128 x 128 tile times its factor."""
-    stored = files.tensors[name + SCALE]
-    first, last = row // TILE, -(-(row + len(rows)) // TILE)
-    buffer = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
-    scale = files.read_rows(name + SCALE, first, last - first, buffer).float()
-    by_row = scale.repeat_interleave(TILE, 0)[row - first * TILE :][: len(rows)]
-    return rows.float() * by_row.repeat_interleave(TILE, 1)[:, : rows.shape[1]]
+def block_buffer(tensors: Mapping[str, TensorInfo]) -> Tensor:
+    """uint8, for any block that `row_blocks` gives of these tensors."""
+    return torch.empty(max(BLOCK_BYTES, *(info.row_bytes for info in tensors.values())), dtype=torch.uint8)
+
+
+def read_values(files: HubFiles, name: str, row: int, rows: int, buffer: Tensor) -> Tensor:
+    """As `HubFiles.read_rows`; float8 as fp32, each 128 x 128 tile times its factor."""
+    stored = files.read_rows(name, row, rows, buffer)
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored
+    scales = files.tensors[name + SCALE]
+    first, last = row // TILE, -(-(row + rows) // TILE)
+    own = torch.empty((last - first) * scales.row_bytes, dtype=torch.uint8)
+    scale = files.read_rows(name + SCALE, first, last - first, own).float()
+    by_row = scale.repeat_interleave(TILE, 0)[row - first * TILE :][:rows]
+    return stored.float() * by_row.repeat_interleave(TILE, 1)[:, : stored.shape[1]]
+
+
+def carry_description(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
+    """Copies everything of a Hugging Face directory but its weights: config, tokenizer, whatever else is there.
+
+    config.json then says the new dtype (None: the old one), no quantisation, and no layers of multi-token prediction:
+    what is written beside it has neither.
+    """
+    shutil.copytree(source, destination, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+    config = json.loads((destination / "config.json").read_text())
+    quantised = config.pop("quantization_config", None) is not None
+    if dtype is not None or quantised:
+        config.pop("torch_dtype", None)  # the older name
+        config["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
+    for name in {"num_nextn_predict_layers", "num_mtp_layers"} & config.keys():
+        config[name] = 0
+    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")

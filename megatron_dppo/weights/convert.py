@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights import torch_dist
 from megatron_dppo.weights.checkpoint import (
     CARRIED,
     MegatronFiles,
+    block_buffer,
     carried_config,
+    carry_description,
     check_tensors,
-    dequantised,
+    read_values,
     row_blocks,
 )
 from megatron_dppo.weights.global_tensors import (
-    BLOCK_BYTES,
     Block,
     KeyScheme,
     content_metadata,
@@ -47,8 +47,8 @@ from megatron_dppo.weights.mapping import float32_tensors
 
 FILE_BYTES = 2 << 30
 WIDEST = 4  # bytes of an element, to size blocks before their dtypes are known
-WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth", "*.pt", "*.gguf", "original", "onnx")  # not carried over
 Say = Callable[[str], None]
+Job = Callable[[Any], None]  # of the open source
 
 
 def hf_to_megatron(
@@ -80,11 +80,11 @@ def hf_to_megatron(
     with _partial(destination, _digest(files.tensors, scheme, dtype), say) as partial:
         names = [f"__0_{index}.distcp" for index in range(len(parts))]
         jobs = [
-            functools.partial(_write_chunks, source, partial / name, part, dtypes)
+            functools.partial(_write_chunks, path=partial / name, blocks=part, dtypes=dtypes)
             for name, part in zip(names, parts, strict=True)
             if not ((partial / name).is_file() and _places_file(partial / name).is_file())
         ]
-        _run(jobs, workers, say)
+        _run(jobs, files, functools.partial(HubFiles, source), workers, say)
         chunks = [
             (key, block.global_shape, block.offset, dtypes[block.tensor], block.shape, name, *place)
             for name, part in zip(names, parts, strict=True)
@@ -95,7 +95,7 @@ def hf_to_megatron(
         torch.save([None], blob)
         size = blob.stat().st_size
         objects = [(key, blob.name, 0, size) for key in extra_states(arch, scheme)]
-        _carry(source, partial / CARRIED, dtype)
+        carry_description(source, partial / CARRIED, dtype)
         for name in names:
             _places_file(partial / name).unlink()
         common = {"content_metadata": content_metadata(scheme)}
@@ -128,12 +128,12 @@ def megatron_to_hf(
     signature = {name: checkpoint.tensors[name] for name in tensors}
     with _partial(destination, _digest(signature, source.resolve(), _changed(source), dtype), say) as partial:
         jobs = [
-            functools.partial(_write_tensors, source, described, partial / name, {n: tensors[n] for n in part})
+            functools.partial(_write_tensors, path=partial / name, tensors={n: tensors[n] for n in part})
             for name, part in zip(names, parts, strict=True)
             if not (partial / name).is_file()
         ]
-        _run(jobs, workers, say)
-        _carry(described, partial, dtype)
+        _run(jobs, checkpoint, functools.partial(MegatronFiles, source, checkpoint.arch), workers, say)
+        carry_description(described, partial, dtype)
         if len(parts) > 1:
             weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
             total = sum(info.nbytes for info in tensors.values())
@@ -142,40 +142,29 @@ def megatron_to_hf(
     checkpoint.close()
 
 
-def _write_chunks(source: Path, path: Path, blocks: Sequence[Block], dtypes: Mapping[str, torch.dtype]) -> None:
+def _write_chunks(files: HubFiles, path: Path, blocks: Sequence[Block], dtypes: Mapping[str, torch.dtype]) -> None:
     """One data file, and beside it where its chunks lie."""
     torch.serialization.set_crc32_options(False)  # torch does not read it back
-    files = HubFiles(source)
-    buffer = torch.empty(BLOCK_BYTES + max(files.tensors[b.tensor].row_bytes for b in blocks), dtype=torch.uint8)
+    buffer = block_buffer(files.tensors)
     places = []
     with _written(path) as out:
         for block in blocks:
-            rows = _converted(files, block, buffer, dtypes[block.tensor])
+            rows = read_values(files, block.tensor, block.row, block.rows, buffer).to(dtypes[block.tensor])
             start = out.tell()
             torch.save(rows.view(block.shape), out)
             places.append((start, out.tell() - start))
         _places_file(path).write_text(json.dumps(places))  # before the data file gets its name
-    files.close()
 
 
-def _converted(files: HubFiles, block: Block, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = files.read_rows(block.tensor, block.row, block.rows, buffer)
-    if rows.dtype == torch.float8_e4m3fn:
-        rows = dequantised(rows, block.row, block.tensor, files)
-    return rows.to(dtype)
-
-
-def _write_tensors(source: Path, config: Path, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def _write_tensors(checkpoint: MegatronFiles, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """One safetensors file."""
-    checkpoint = MegatronFiles(source, load_architecture(config))
-    buffer = torch.empty(BLOCK_BYTES + max(t.row_bytes for t in checkpoint.tensors.values()), dtype=torch.uint8)
+    buffer = block_buffer(checkpoint.tensors)
     with _written(path) as out:
         out.write(header_bytes(tensors))
         for name, info in tensors.items():
             for row, rows in row_blocks(checkpoint.tensors[name]):
                 block = checkpoint.read_rows(name, row, rows, buffer).to(info.dtype)
                 out.write(block.reshape(-1).view(torch.uint8).numpy().data)
-    checkpoint.close()
 
 
 def _result_dtypes(
@@ -224,21 +213,35 @@ def _cut(items: Sequence[Any], nbytes: Sequence[int]) -> list[list[Any]]:
     return groups
 
 
-def _run(jobs: Sequence[Callable[[], None]], workers: int, say: Say) -> None:
-    """The first error ends it; the jobs that are done stay done."""
+def _run(jobs: Sequence[Job], source: Any, open_source: Callable[[], Any], workers: int, say: Say) -> None:
+    """Calls each job with the open source; a worker process opens its own, once. The first error ends it; the jobs
+    that are done stay done."""
     if workers <= 1 or len(jobs) <= 1:
         for done, job in enumerate(jobs):
-            job()
+            job(source)
             say(f"{done + 1} of {len(jobs)} files")
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _open_once, (open_source,)) as pool:
         try:
-            for done, future in enumerate([pool.submit(job) for job in jobs]):
+            for done, future in enumerate([pool.submit(_with_source, job) for job in jobs]):
                 future.result()
                 say(f"{done + 1} of {len(jobs)} files")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+_opened: Any = None  # in a worker process: its source
+
+
+def _open_once(open_source: Callable[[], Any]) -> None:
+    global _opened
+    _opened = open_source()
+
+
+def _with_source(job: Job) -> None:
+    job(_opened)
 
 
 def _digest(tensors: Mapping[str, TensorInfo], *options: Any) -> str:
@@ -290,14 +293,3 @@ def _written(path: Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno or 0)}") from error
-
-
-def _carry(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Everything but weights; config.json without the source's quantisation, and with the new dtype."""
-    shutil.copytree(source, destination, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
-    config = json.loads((destination / "config.json").read_text())
-    quantised = config.pop("quantization_config", None) is not None
-    if dtype is not None or quantised:
-        config.pop("torch_dtype", None)  # the older name
-        config["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
-    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")

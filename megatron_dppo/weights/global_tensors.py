@@ -59,11 +59,18 @@ def content_metadata(scheme: KeyScheme) -> dict[str, bool]:
 
 
 def global_blocks(
-    arch: Architecture, scheme: KeyScheme, itemsize: int = 4, block_bytes: int = BLOCK_BYTES
+    arch: Architecture,
+    scheme: KeyScheme,
+    itemsize: int = 4,
+    block_bytes: int = BLOCK_BYTES,
+    layers: range | None = None,
 ) -> Iterator[Block]:
-    """Every row of every hub tensor once, in the order of the mapping table; `itemsize`: of the widest dtype."""
-    plain = entries(arch, padded_vocab=arch.vocab_size)
-    fused = entries(arch, padded_vocab=arch.vocab_size, transformer_engine=True)
+    """Every row of every hub tensor once, in the order of the mapping table; `itemsize`: of the widest dtype.
+
+    `layers`: only these (None: all).
+    """
+    plain = entries(arch, padded_vocab=arch.vocab_size, layers=layers)
+    fused = entries(arch, padded_vocab=arch.vocab_size, transformer_engine=True, layers=layers)
     for entry, other in zip(plain, fused, strict=True):
         if entry.param == "output_layer.weight" and arch.tie_word_embeddings:
             continue  # Megatron saves it as the embedding

@@ -45,6 +45,10 @@ class Parallel:
                 f"parallel.chunk_layers: got {len(self.chunk_layers)} numbers, expected pipeline x virtual = "
                 f"{self.pipeline * self.virtual}"
             )
+        if self.chunk_layers is not None:
+            for rank in range(1, self.pipeline - 1):  # the first has the embedding, the last the head
+                if not any(self.chunk_layers[rank :: self.pipeline]):
+                    raise ValueError(f"parallel.chunk_layers: got no layer for pipeline rank {rank}, expected one")
         if self.virtual > 1 and self.pipeline == 1:
             raise ValueError(f"parallel.virtual: got {self.virtual}, expected 1 with one pipeline stage")
 
@@ -106,6 +110,11 @@ def chunk_layers(num_layers: int, parallel: Parallel, pipeline_rank: int, chunk:
     return range(number * each, (number + 1) * each)
 
 
+def chunk_prefix(parallel: Parallel, chunk: int) -> str:
+    """What stands in front of the names of a chunk's parameters: nothing where a rank has one chunk."""
+    return f"chunk{chunk}." if parallel.virtual > 1 else ""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of a hub tensor and its place in a local parameter; both have the shape `stop - start`.
@@ -134,13 +143,17 @@ class Piece:
 
 
 def megatron_layout(
-    arch: Architecture, parallel: Parallel, rank: int, transformer_engine: bool = False
+    arch: Architecture,
+    parallel: Parallel,
+    rank: int,
+    transformer_engine: bool = False,
+    grouped_experts: bool = False,
 ) -> Iterator[Piece]:
     """The pieces of one rank's parameters, in the order of the mapping table.
 
     Names are relative to the stage's GPTModel (`decoder.layers.0...` is the stage's first layer); with several chunks
-    `chunk<v>.` stands in front. Padding of the vocabulary belongs to no piece. Raises ValueError where a degree of
-    parallelism does not divide the model.
+    `chunk<v>.` stands in front. The two flags choose between Megatron's spellings (`mapping.entries`). Padding of the
+    vocabulary belongs to no piece. Raises ValueError where a degree of parallelism does not divide the model.
     """
     at = coordinates(parallel, rank)
     experts = range(0)
@@ -149,9 +162,9 @@ def megatron_layout(
         experts = range(at.expert * share, (at.expert + 1) * share)
     padded_vocab = padded_vocab_size(arch.vocab_size, parallel.tensor)
     for chunk in range(parallel.virtual):
-        prefix = f"chunk{chunk}." if parallel.virtual > 1 else ""
+        prefix = chunk_prefix(parallel, chunk)
         layers = chunk_layers(arch.num_layers, parallel, at.pipeline, chunk)
-        for entry in entries(arch, padded_vocab, transformer_engine, layers, experts):
+        for entry in entries(arch, padded_vocab, transformer_engine, layers, experts, grouped_experts):
             number = chunk * parallel.pipeline + at.pipeline
             if _is_in_chunk(entry, arch, number, parallel.pipeline * parallel.virtual - 1):
                 expert = 0 if entry.expert is None else entry.expert - experts.start

@@ -81,12 +81,14 @@ def entries(
     transformer_engine: bool = False,
     layers: range | None = None,
     experts: range | None = None,
+    grouped_experts: bool = False,
 ) -> Iterator[Entry]:
     """The table of a model, embedding first, head last.
 
     `padded_vocab`: rows of Megatron's embedding and head (the vocabulary rounded up so that TP divides it).
     `transformer_engine`: names of Megatron's TE layer spec, which keeps a norm inside the linear behind it.
     `layers`, `experts`: only these (None: all), so that a rank of a large model does not walk the others'.
+    `grouped_experts`: names of Megatron's grouped expert module (one with a weight an expert), not of one module each.
     """
     hidden = arch.hidden_size
     vocab = (Run("model.embed_tokens.weight", 0, arch.vocab_size),)
@@ -96,7 +98,7 @@ def entries(
     for layer in range(arch.num_layers) if layers is None else layers:
         yield from attention(arch, layer, transformer_engine)
         if arch.moe_layers[layer]:
-            yield from _moe(arch, layer, experts)
+            yield from _moe(arch, layer, experts, grouped_experts)
         else:
             yield from _dense_mlp(arch, layer, transformer_engine)
     yield Entry("decoder.final_layernorm.weight", (Run("model.norm.weight", 0, hidden),), (hidden,))
@@ -168,10 +170,10 @@ def _latent_attention(arch: Architecture, layer: int, transformer_engine: bool) 
 def _dense_mlp(arch: Architecture, layer: int, transformer_engine: bool) -> Iterator[Entry]:
     norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine else "pre_mlp_layernorm.weight"
     yield from _single([(norm, "post_attention_layernorm.weight", (arch.hidden_size,), None)], layer)
-    yield from _gated_mlp("mlp.", "mlp.", arch.hidden_size, arch.intermediate_size, layer)
+    yield from _gated_mlp("mlp.", "mlp.{}.weight", arch.hidden_size, arch.intermediate_size, layer)
 
 
-def _moe(arch: Architecture, layer: int, experts: range) -> Iterator[Entry]:
+def _moe(arch: Architecture, layer: int, experts: range, grouped: bool) -> Iterator[Entry]:
     hidden = arch.hidden_size
     rows: list[Row] = [
         ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (hidden,), None),
@@ -182,15 +184,17 @@ def _moe(arch: Architecture, layer: int, experts: range) -> Iterator[Entry]:
         bias: Row = ("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", (arch.num_experts,), None)
         yield from (replace(entry, float32=True) for entry in _single([bias], layer))
     if width := arch.shared_expert_intermediate_size:
-        yield from _gated_mlp("mlp.shared_experts.", "mlp.shared_experts.", hidden, width, layer)
+        yield from _gated_mlp("mlp.shared_experts.", "mlp.shared_experts.{}.weight", hidden, width, layer)
+    local = "mlp.experts.{}.weight{{expert}}" if grouped else "mlp.experts.local_experts.{{expert}}.{}.weight"
     for expert in experts:
-        hub, local = f"mlp.experts.{expert}.", "mlp.experts.local_experts.{expert}."
-        yield from _gated_mlp(hub, local, hidden, arch.moe_intermediate_size, layer, expert)
+        yield from _gated_mlp(f"mlp.experts.{expert}.", local, hidden, arch.moe_intermediate_size, layer, expert)
 
 
 def _gated_mlp(hub: str, local: str, hidden: int, width: int, layer: int, expert: int | None = None) -> Iterator[Entry]:
-    hub, local = f"model.layers.{layer}.{hub}", "decoder.layers.{layer}." + local
+    """`hub`: what stands before the hub's three names; `local`: Megatron's name, with `{}` for which linear."""
+    hub, local = f"model.layers.{layer}.{hub}", "decoder.layers.{{layer}}." + local
+    up, down = local.format("linear_fc1"), local.format("linear_fc2")
     gate_up = (Run(hub + "gate_proj.weight", 0, width), Run(hub + "up_proj.weight", 0, width))
-    yield Entry(local + "linear_fc1.weight", gate_up, (2 * width, hidden), split="each", layer=layer, expert=expert)
-    down = (Run(hub + "down_proj.weight", 0, width),)
-    yield Entry(local + "linear_fc2.weight", down, (hidden, width), axis=1, split="whole", layer=layer, expert=expert)
+    yield Entry(up, gate_up, (2 * width, hidden), split="each", layer=layer, expert=expert)
+    columns = (Run(hub + "down_proj.weight", 0, width),)
+    yield Entry(down, columns, (hidden, width), axis=1, split="whole", layer=layer, expert=expert)

@@ -6,7 +6,6 @@ rank owns is copied straight to its place. Trainer and engines must share a mach
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dppo.rollout.engine import Manifest
+from megatron_dppo.weights.checkpoint import carry_description
 from megatron_dppo.weights.layout import Piece
 from megatron_dppo.weights.local import export_pieces
 
@@ -97,18 +97,11 @@ def _crc32(tensor: Tensor) -> int:
 def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:
     """Writes a Hugging Face directory: `tensors`, and everything but weights from `source` (config, tokenizer).
 
-    Its config.json says the tensors' dtype and no layers of multi-token prediction, as `tensors` has none. Written
-    beside and renamed; an older `destination` is replaced.
+    Written beside and renamed; an older `destination` is replaced.
     """
     beside = destination.with_name(destination.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin"))
-    config = json.loads((beside / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the older name
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    for name in {"num_nextn_predict_layers", "num_mtp_layers"} & config.keys():
-        config[name] = 0
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    carry_description(source, beside, next(iter(tensors.values())).dtype)
     save_file(dict(tensors), beside / "model.safetensors", metadata={"format": "pt"})
     if destination.exists():
         shutil.rmtree(destination)

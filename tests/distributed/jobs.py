@@ -74,13 +74,13 @@ def policy_gradients(
     """
     model = model_of(rank, path, head_memory=head_memory)
     optimizer = Optimizer(
-        model.chunk,
+        model.chunks,
         AdamSettings(lr=1e-3),
         dtype=torch.float32,
         distributed=False,
         overlap_grad_reduce=overlap_grad_reduce,
     )
-    model = replace(model, chunk=optimizer.model)
+    model = replace(model, chunks=optimizer.chunks)
     mine = batches[rank.at.data]
 
     def coefficient(index: int, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -88,8 +88,9 @@ def policy_gradients(
         return advantage, torch.full_like(advantage, 0.1), {}
 
     during_backward: list[bool] = []
-    for group in optimizer.model.bucket_groups + optimizer.model.expert_parallel_bucket_groups:
-        group.start_grad_sync = _noting_backward(group.start_grad_sync, during_backward)
+    for chunk in optimizer.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            group.start_grad_sync = _noting_backward(group.start_grad_sync, during_backward)
     for _ in range(2):  # Megatron reduces early from the second time on: the first teaches it the order of gradients
         optimizer.zero()
         loss_pass(model, mine, coefficient, entropy_gradient=True)
@@ -131,12 +132,12 @@ def rl_steps(
     memory = HeadMemory(config.head.path, config.head.memory_bytes)
     model = model_of(rank, path, dtype=dtype, head_memory=memory)
     optimizer = Optimizer(
-        model.chunk, optimizer_settings, dtype=dtype, distributed=config.parallel.distributed_optimizer
+        model.chunks, optimizer_settings, dtype=dtype, distributed=config.parallel.distributed_optimizer
     )
     trainer = Trainer(
         config=config,
         control=Control.serve(),
-        model=replace(model, chunk=optimizer.model),
+        model=replace(model, chunks=optimizer.chunks),
         optimizer=optimizer,
         objective=objective_of(config),
         image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),
@@ -153,12 +154,12 @@ def rl_steps(
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:
     """What the optimizer says of a NaN, and whether it left the weights alone."""
     model = model_of(rank, path)
-    optimizer = Optimizer(model.chunk, AdamSettings(lr=1.0), dtype=torch.float32, distributed=True)
+    optimizer = Optimizer(model.chunks, AdamSettings(lr=1.0), dtype=torch.float32, distributed=True)
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
     optimizer.zero()
     loss = torch.tensor(torch.nan if where == "loss" and rank.rank == 1 else 1.0)
     if where == "gradient" and rank.rank == 0:
-        dict(optimizer.model.module.named_parameters())["decoder.layers.1.mlp.router.weight"].main_grad[0, 0] = (
+        dict(optimizer.chunks[0].module.named_parameters())["decoder.layers.1.mlp.router.weight"].main_grad[0, 0] = (
             torch.inf
         )
     try:

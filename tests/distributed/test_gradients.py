@@ -20,7 +20,7 @@ from tests.tiny_models import deepseek_config, qwen2_config, read_checkpoint, ti
 TOLERANCE = 1e-5  # relative, in the Frobenius norm of each tensor
 MODELS = {
     "moe_and_dense": tiny_config(num_layers=4, mlp_only_layers=(1,), vocab_size=97),
-    "tied": tiny_config(tie_word_embeddings=True, vocab_size=64),
+    "tied": tiny_config(tie_word_embeddings=True, vocab_size=64, num_layers=4),
     "one_kv_head": tiny_config(num_kv_heads=1),
 }
 FAMILIES = {"qwen2": qwen2_config(), "deepseek_v3": deepseek_config()}
@@ -36,10 +36,19 @@ LAYOUTS = {
     "tp2_dp2_ep2": Parallel(tensor=2, expert=2, ranks=4),
     "dense_tp4": Parallel(tensor=4, ranks=4),
 }
+DEEP_LAYOUTS = {  # for models of four layers
+    "pp2_virtual2": Parallel(pipeline=2, virtual=2, ranks=2),
+    "pp2_virtual2_dp2": Parallel(pipeline=2, virtual=2, ranks=4),
+    "tp2_ep2_pp2_virtual2_uneven": Parallel(
+        tensor=2, expert=2, pipeline=2, virtual=2, ranks=4, chunk_layers=(1, 2, 0, 1)
+    ),
+    "pp2_uneven": Parallel(pipeline=2, ranks=2, chunk_layers=(4, 0)),
+}
 CASES = [
     *((model, layout) for model in MODELS for layout in LAYOUTS if layout != "dense_tp4"),
     *(("qwen2", layout) for layout in ("single", "pp2", "dense_tp4")),
     *(("deepseek_v3", layout) for layout in ("single", "etp2", "tp2_ep2_pp2", "tp2_dp2_ep2")),
+    *((model, layout) for model in ("moe_and_dense", "tied") for layout in DEEP_LAYOUTS),
 ]
 
 
@@ -87,16 +96,16 @@ def _hub(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize(("checkpoint", "layout"), CASES, indirect=["checkpoint"])
 def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
-    check(ranks, checkpoint, LAYOUTS[layout])
+    check(ranks, checkpoint, (LAYOUTS | DEEP_LAYOUTS)[layout])
 
 
 @pytest.mark.parametrize(("path", "overlap"), [("store", True), ("chunk", False), ("chunk", True)])
-@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "pp2_dp2", "tp2_dp2_ep2"])
+@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "pp2_dp2", "tp2_dp2_ep2", "pp2_virtual2_dp2"])
 @pytest.mark.parametrize("checkpoint", ["tied", "moe_and_dense"], indirect=True)
 def test_every_path_of_the_head(ranks: RankPool, checkpoint: Path, layout: str, path: str, overlap: bool) -> None:
     """Into main_grad, with the embedding's own gradient where it is tied, before a reduction that may run already."""
     memory = HeadMemory("store") if path == "store" else HeadMemory("chunk", 4 * 3 * 97)  # a few tokens
-    check(ranks, checkpoint, LAYOUTS[layout], memory, overlap)
+    check(ranks, checkpoint, (LAYOUTS | DEEP_LAYOUTS)[layout], memory, overlap)
 
 
 def check(

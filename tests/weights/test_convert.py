@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,9 +112,20 @@ def test_dtypes_that_megatron_has_to_join_are_refused(source: Path, tmp_path: Pa
     hf_to_megatron(path, tmp_path / "megatron", dtype=torch.bfloat16, say=quiet)
 
 
+def in_a_process(job: Callable[[], None]) -> int:
+    """The exit code of a fork that does it."""
+    if (pid := os.fork()) == 0:
+        try:
+            job()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("end", ["full_disk", "kill"])
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
 def test_a_job_that_stopped_goes_on(
-    source: Path, tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch, direction: str
+    source: Path, tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch, direction: str, end: str
 ) -> None:
     """The third file fails; the second try writes only what is missing, and the result is whole."""
     megatron = tmp_path / "megatron"
@@ -124,19 +136,27 @@ def test_a_job_that_stopped_goes_on(
     start, goal = (source, megatron) if direction == "to_megatron" else (megatron, tmp_path / "back")
     original, calls = getattr(convert, work), []
 
-    def counted(*args: object) -> None:
-        calls.append(args)
+    def counted(checkpoint: object, path: Path, **rest: object) -> None:
+        calls.append(path)
         if len(calls) == 3:
+            path.with_name(path.name + ".tmp").write_bytes(b"half of it")
+            if end == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(28, "cannot write it: No space left on device")
-        original(*args)
+        original(checkpoint, path, **rest)
 
     monkeypatch.setattr(convert, work, counted)
-    with pytest.raises(OSError, match="No space left"):
-        run(start, goal, say=quiet)
+    if end == "kill":
+        assert in_a_process(lambda: run(start, goal, say=quiet)) == -signal.SIGKILL
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            run(start, goal, say=quiet)
+    monkeypatch.setattr(convert, work, original)
     assert not goal.exists()
     said: list[str] = []
     run(start, goal, say=said.append)
     assert said[0] == "going on after 2 files of an earlier try"
+    assert not list(goal.rglob("*.tmp"))
     assert list(differences(open_checkpoint(source), open_checkpoint(goal))) == []
 
 
@@ -181,6 +201,14 @@ def misshapen(path: Path) -> None:
     rewrite(path, {**hub_tensors(path), "model.norm.weight": torch.zeros(7)})
 
 
+def of_integers(path: Path) -> None:
+    rewrite(path, {**hub_tensors(path), "model.norm.weight": torch.zeros(64, dtype=torch.int32)})
+
+
+def without_its_factors(path: Path) -> None:
+    rewrite(path, {**hub_tensors(path), "model.norm.weight": torch.zeros(64).to(torch.float8_e4m3fn)})
+
+
 def truncated(path: Path) -> None:
     file = path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1000)
@@ -216,6 +244,8 @@ def unknown_architecture(path: Path) -> None:
         (without("model.norm.weight"), "got no tensor model.norm.weight, expected it for qwen3_moe"),
         (extra, "model.safetensors: got tensor model.layers.0.self_attn.sinks, which qwen3_moe does not have"),
         (misshapen, r"model.safetensors: model.norm.weight: got shape \(7,\), expected \(64,\)"),
+        (of_integers, "model.norm.weight: got torch.int32, expected floating point"),
+        (without_its_factors, "model.norm.weight is float8, expected model.norm.weight_scale_inv of shape"),
         (truncated, r"model.safetensors: truncated: got \d+ bytes, expected at least \d+"),
         (not_safetensors, "model.safetensors: got 1600 bytes, expected a safetensors file"),
         (lying_index, "it names tensor lm_head.bias in model.safetensors, which has no such tensor"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from math import prod
 
@@ -276,6 +277,22 @@ def test_chunks_that_do_not_fit_the_ranks() -> None:
         Parallel(pipeline=2, ranks=2, chunk_layers=(1, 1, 2))
     with pytest.raises(ValueError, match="parallel.virtual: got 2, expected 1 with one pipeline stage"):
         Parallel(virtual=2)
+    with pytest.raises(ValueError, match="parallel.chunk_layers: got no layer for pipeline rank 1, expected one"):
+        Parallel(pipeline=3, ranks=3, chunk_layers=(2, 0, 2))
+
+
+def test_both_spellings_of_experts_hold_the_same_boxes() -> None:
+    """Megatron's grouped module has its experts' weights side by side: `linear_fc1.weight0`, `weight1`, ..."""
+    parallel = Parallel(tensor=2, expert=2, expert_tensor=2, ranks=4)
+    for rank in range(parallel.ranks):
+        each = list(megatron_layout(SMALL, parallel, rank))
+        grouped = list(megatron_layout(SMALL, parallel, rank, grouped_experts=True))
+        assert {p.param for p in grouped if ".experts." in p.param and "layers.0." in p.param} == {
+            f"decoder.layers.0.mlp.experts.linear_fc{i}.weight{expert}" for i in (1, 2) for expert in (0, 1)
+        }
+        for one, other in zip(each, grouped, strict=True):
+            name = re.sub(r"local_experts\.(\d+)\.(\w+)\.weight", r"\2.weight\1", one.param)
+            assert dataclasses.replace(one, param=name) == other
 
 
 def test_every_rank_of_a_trillion_parameters_in_seconds() -> None:
