@@ -257,6 +257,16 @@ def test_four_replicas_share_in_every_bucket() -> None:
     assert sorted(whole.src_rank.tolist()) == [0, 1, 2, 3]  # nothing is cut: a bucket each
 
 
+def test_a_box_that_a_rank_holds_twice_is_sent_from_one_place() -> None:
+    """The second place is no second sender: rank 0 and rank 1 send half each."""
+    places = [(0, "p"), (0, "q"), (1, "p")]
+    senders: list[list[Piece]] = [[], []]
+    for rank, param in places:
+        senders[rank].append(Piece("w", (0,), (80,), param, (0,), rank))
+    plan = sync_plan(senders, [[Box("w", (0,), (80,))]], {"w": "bfloat16"}, bucket_bytes=1000, min_cut_bytes=1)
+    assert (plan.report().sent_bytes, plan.num_buckets, len(plan.dst)) == ((80, 80), 1, 2)
+
+
 def test_a_rank_that_must_send_more_gets_no_share_of_the_rest() -> None:
     """Rank 0 alone holds 100 of 200 rows that it and rank 1 share: rank 1 sends 150 - 50, rank 0 100 + 50."""
     senders = [
@@ -324,6 +334,17 @@ def test_the_digest_changes_with_anything() -> None:
             changed = 3 if isinstance(value, int) else (*value[:-1], value[-1] + "x")
         digests.append(dataclasses.replace(plan, **{field.name: changed}).digest())
     assert len(set(digests)) == len(digests) == 17
+
+
+def test_the_digest_of_a_plan_is_known() -> None:
+    """A machine with another byte order, or a later version, must say the same of the same plan."""
+    plan = sync_plan(
+        [[Piece("w", (0, 0), (6, 8), "p", (0, 0), rank)] for rank in range(2)],
+        [[Box("w", (0, 0), (6, 8))]],
+        {"w": "bfloat16"},
+        bucket_bytes=64,
+    )
+    assert plan.digest() == "4dfebeec48eb1cc870536df5490d86a0ff75d080fa0057a789192f0aa2778567"
 
 
 DIGEST = """
