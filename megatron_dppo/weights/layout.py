@@ -116,7 +116,21 @@ def chunk_prefix(parallel: Parallel, chunk: int) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Box:
+    """A box of a hub tensor: rows (and columns) `start` up to, without, `stop`."""
+
+    tensor: str
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @property
+    def hub_index(self) -> tuple[slice, ...]:
+        """Index of the box in the hub tensor."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+
+@dataclass(frozen=True)
+class Piece(Box):
     """A box of a hub tensor and its place in a local parameter; both have the shape `stop - start`.
 
     `replica` counts the ranks that hold the same box: over all ranks, the pieces of replica 0 tile every tensor
@@ -124,17 +138,9 @@ class Piece:
     has replica -1.
     """
 
-    tensor: str
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
     param: str
     offset: tuple[int, ...]
     replica: int
-
-    @property
-    def hub_index(self) -> tuple[slice, ...]:
-        """Index of the box in the hub tensor."""
-        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
 
     @property
     def local_index(self) -> tuple[slice, ...]:

@@ -53,10 +53,13 @@ class Entry:
     float32: bool = False
 
 
-def hub_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the model's Hugging Face checkpoint, in the order of the layers."""
+def hub_shapes(arch: Architecture, experts: range | None = None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the model's Hugging Face checkpoint, in the order of the layers.
+
+    `experts`: only these of every layer (None: all).
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in entries(arch, padded_vocab=arch.vocab_size):
+    for entry in entries(arch, padded_vocab=arch.vocab_size, experts=experts):
         for run in entry.runs:
             extent = max(shapes[run.tensor][entry.axis] if run.tensor in shapes else 0, run.start + run.count)
             shapes[run.tensor] = tuple(extent if axis == entry.axis else n for axis, n in enumerate(entry.shape))
@@ -67,6 +70,12 @@ def float32_tensors(arch: Architecture) -> frozenset[str]:
     """Hub names of the buffers that stay in float32 (the routers' biases); the rest has the model's dtype."""
     found = (e for e in entries(arch, padded_vocab=arch.vocab_size) if e.float32)
     return frozenset(run.tensor for entry in found for run in entry.runs)
+
+
+def hub_dtypes(arch: Architecture, dtype: str) -> dict[str, str]:
+    """Name -> dtype of every tensor of a model in `dtype` ("bfloat16"), in the order of `hub_shapes`."""
+    float32 = float32_tensors(arch)
+    return {name: "float32" if name in float32 else dtype for name in hub_shapes(arch)}
 
 
 def mtp_tensors(arch: Architecture, names: Iterable[str]) -> list[str]:

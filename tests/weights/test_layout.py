@@ -10,7 +10,6 @@ from math import prod
 import numpy as np
 import pytest
 
-from megatron_dppo.architecture import Architecture, LatentAttention
 from megatron_dppo.weights.layout import (
     Coordinates,
     Parallel,
@@ -19,42 +18,7 @@ from megatron_dppo.weights.layout import (
     padded_vocab_size,
 )
 from megatron_dppo.weights.mapping import entries, float32_tensors, hub_shapes, mtp_tensors
-
-SMALL = Architecture(
-    model_type="qwen3_moe", num_layers=4, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
-    intermediate_size=12, vocab_size=11, max_position_embeddings=32, rope_theta=1e4, rms_norm_eps=1e-6,
-    tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=4,
-    moe_layers=(True, False, True, True),
-)  # fmt: skip
-LATENT = dataclasses.replace(
-    SMALL, model_type="deepseek_v3", num_key_value_heads=4, head_dim=5, shared_expert_intermediate_size=8,
-    moe_layers=(False, True, True, True),
-    latent=LatentAttention(q_lora_rank=6, kv_lora_rank=4, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4),
-)  # fmt: skip
-DENSE = dataclasses.replace(SMALL, num_experts=0, moe_layers=(False,) * 4)
-ARCHITECTURES = {
-    "qwen3_moe": SMALL,
-    "tied": dataclasses.replace(SMALL, tie_word_embeddings=True),
-    "qwen2": dataclasses.replace(DENSE, model_type="qwen2"),
-    "llama": dataclasses.replace(DENSE, model_type="llama"),
-    "deepseek_v3": LATENT,
-    "queries_in_one_step": dataclasses.replace(
-        LATENT, model_type="kimi_k2", latent=dataclasses.replace(LATENT.latent, q_lora_rank=None)
-    ),
-}
-LAYOUTS = [
-    Parallel(),
-    Parallel(tensor=2, ranks=2),
-    Parallel(tensor=4, expert=2, ranks=4),  # more TP ranks than key/value heads
-    Parallel(tensor=2, expert=2, expert_tensor=2, ranks=8),
-    Parallel(expert=4, ranks=4),
-    Parallel(tensor=2, expert=2, pipeline=2, ranks=8),
-    Parallel(pipeline=4, ranks=4),
-    Parallel(tensor=2, ranks=6),  # three data-parallel replicas
-    Parallel(pipeline=2, virtual=2, ranks=2),
-    Parallel(tensor=2, expert=2, pipeline=2, ranks=4, chunk_layers=(3, 1)),
-    Parallel(pipeline=2, virtual=2, ranks=4, chunk_layers=(0, 2, 1, 1)),
-]
+from tests.weights.architectures import ARCHITECTURES, KIMI_K2, LATENT, LAYOUTS, QWEN3_235B, SMALL
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -206,12 +170,7 @@ def test_a_shard_of_padding_only_is_in_the_layout_with_nothing_to_copy() -> None
 
 def test_qwen3_235b_at_a_real_layout_tiles_by_volume() -> None:
     """94 layers x 128 experts over TP4 x PP2 x EP16, 32 ranks: element counts add up to the model's."""
-    arch = dataclasses.replace(
-        SMALL, num_layers=94, hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
-        intermediate_size=12288, vocab_size=151936, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
-        moe_layers=(True,) * 94,
-    )  # fmt: skip
-    parallel = Parallel(tensor=4, expert=16, pipeline=2, ranks=32)
+    arch, parallel = QWEN3_235B, Parallel(tensor=4, expert=16, pipeline=2, ranks=32)
     volume: Counter[str] = Counter()
     for rank in range(parallel.ranks):
         for piece in megatron_layout(arch, parallel, rank):
@@ -297,20 +256,12 @@ def test_both_spellings_of_experts_hold_the_same_boxes() -> None:
 
 def test_every_rank_of_a_trillion_parameters_in_seconds() -> None:
     """Kimi-K2's numbers at TP 8 x PP 8 x EP 32, uneven stages: the boxes of all 256 ranks, counted."""
-    kimi = dataclasses.replace(
-        LATENT, model_type="kimi_k2", num_layers=61, hidden_size=7168, num_attention_heads=64, num_key_value_heads=64,
-        head_dim=192, intermediate_size=18432, vocab_size=163840, num_experts=384, num_experts_per_tok=8,
-        moe_intermediate_size=2048, shared_expert_intermediate_size=2048, moe_layers=(False,) + (True,) * 60,
-        latent=LatentAttention(
-            q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
-        ),
-    )  # fmt: skip
     parallel = Parallel(tensor=8, expert=32, pipeline=8, ranks=256, chunk_layers=(8, 8, 8, 8, 8, 8, 8, 5))
     owned = sum(
         prod(b - a for a, b in zip(piece.start, piece.stop, strict=True))
         for rank in range(parallel.ranks)
-        for piece in megatron_layout(kimi, parallel, rank)
+        for piece in megatron_layout(KIMI_K2, parallel, rank)
         if piece.replica == 0
     )
-    assert owned == sum(prod(shape) for shape in hub_shapes(kimi).values())
+    assert owned == sum(prod(shape) for shape in hub_shapes(KIMI_K2).values())
     assert 1.0e12 < owned < 1.05e12
