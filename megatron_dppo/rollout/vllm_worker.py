@@ -1,26 +1,27 @@
 """Runs inside vLLM's worker processes: weights come in through shared memory, facts about the engine go out.
 
-The only module of the project that imports vLLM. The server loads it as `worker_extension_cls`
-(`vllm_server.server_command`): importing it registers the weight-transfer backend, and `WorkerExtension` is
-mixed into vLLM's worker, so that its methods can be called through the server's `/collective_rpc`.
+With `vllm_reload` and `vllm_cpu`, which it uses, the only module of the project that imports vLLM. The server loads it
+as `worker_extension_cls` (`vllm_server.server_command`): importing it registers the weight-transfer backend, and
+`WorkerExtension` is mixed into vLLM's worker, so that its methods can be called through the server's `/collective_rpc`.
 
 An update has two phases. *Staging* (`/update_weights`) checks that the file is there, that it holds every
 tensor of the checkpoint with the right shape, and its checksums: the model is not touched, so a refused or
-abandoned update leaves a working engine. *Applying* (`/finish_weight_update`) reloads the model layer by
-layer; should it fail half-way, the weights are marked unusable (version -1) until a full update succeeds.
+abandoned update leaves a working engine. *Applying* (`/finish_weight_update`) copies the boxes that this worker keeps
+into the model, layer by layer; should it fail half-way, the weights are marked unusable (version -1) until a full
+update succeeds.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import re
-import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.platforms import current_platform
 
+from megatron_dppo.rollout import vllm_cpu
+from megatron_dppo.rollout.vllm_reload import Reload
 from megatron_dppo.rollout.vllm_server import TRANSFER_BACKEND
+from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 
 BACKEND = TRANSFER_BACKEND
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +81,14 @@ class SharedMemoryEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
         self.crc32: dict[str, int] = {}  # of the tensors of the last applied update
         self.staged: Staged | None = None
 
+    @cached_property
+    def reload(self) -> Reload:
+        """Where this worker's weights come from and go; found when first asked for (0.2 ms a tensor)."""
+        reload = Reload(self.model, self.model_config, checkpoint_tensors(Path(self.model_config.model)))
+        for name, why in reload.whole.items():
+            logging.getLogger(__name__).warning("%s: this worker takes all of it at every update: %s", name, why)
+        return reload
+
     def init_transfer_engine(self, init_info: ShmInit) -> None:
         pass
 
@@ -93,8 +102,8 @@ class SharedMemoryEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
             raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
         check_complete(
             {name: tuple(shape) for name, _, shape, _ in update_info.tensors},
-            checkpoint_shapes(Path(self.model_config.model)),
-            tied=bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)),
+            checkpoint_tensors(Path(self.model_config.model)),
+            needed={name for name, _, _ in self.reload.boxes},
         )
         tensors = dict(map_tensors(update_info))
         crc32 = checksums(tensors)
@@ -111,17 +120,18 @@ class SharedMemoryEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
             raise RuntimeError("weight update: nothing is staged, send /update_weights first")
         staged, self.staged = self.staged, None
         self.version = UNUSABLE  # until the last layer is in place
-        drop_partial_reload(self.model)
-        force_moe_repack(self.model)
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(iter(staged.tensors.items()))
-        finalize_layerwise_reload(self.model, self.model_config)
+        self.reload.begin()
+        for name, start, stop in self.reload.boxes:
+            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+            self.reload.place(name, start, stop, staged.tensors[name][box].contiguous())
+        self.reload.finish()
         self.version, self.crc32 = staged.version, staged.crc32
 
     def shutdown(self) -> None:
         self.staged = None
 
 
+vllm_cpu.mend_expert_parallel()
 if BACKEND not in WeightTransferEngineFactory._registry:  # the module may be imported again in the same worker
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
 
@@ -135,7 +145,7 @@ class WorkerExtension:
     def mdppo_describe(self) -> dict[str, Any]:
         """Facts that the client needs: see `engine.Capabilities`."""
         config = self.vllm_config.model_config
-        names = checkpoint_shapes(Path(config.model))
+        names = checkpoint_tensors(Path(config.model))
         moe_layers = {int(m[1]) for name in names if (m := re.search(r"layers\.(\d+)\..*experts\.\d", name))}
         return {
             "engine_version": vllm.__version__,
@@ -147,6 +157,12 @@ class WorkerExtension:
             "moe_layers": sorted(moe_layers),
             "dtype": str(config.dtype).removeprefix("torch."),
         }
+
+    def mdppo_boxes(self) -> dict[str, Any]:
+        """What this worker keeps: `worker` (its number), and its boxes as [tensor, start, stop]."""
+        parallel = self.vllm_config.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        return {"worker": worker, "boxes": self.weight_transfer_engine.reload.boxes}
 
     def mdppo_version(self) -> dict[str, int]:
         """Version of the weights in use: 0 those of the start, -1 unusable after a failed update."""
@@ -167,38 +183,32 @@ class WorkerExtension:
         return self.mdppo_version()
 
 
-def checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the directory's safetensors files, from their headers alone.
+def checkpoint_tensors(model_dir: Path) -> dict[str, TensorInfo]:
+    """Every tensor in the directory's safetensors files: what the engine loaded at start.
 
-    This is what the engine loaded at start, and so what a complete update must hold.
+    Raises ValueError for a directory that is not there or has none.
     """
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
+    try:
+        return dict(HubFiles(model_dir).tensors)
+    except FileNotFoundError:
         raise ValueError(
             f"weight update: got {model_dir} without *.safetensors, expected the local checkpoint directory "
             "that the engine was started from (it says which tensors make a complete update)"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(size))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
+        ) from None
 
 
-def check_complete(got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Raise ValueError unless an update holds exactly the checkpoint's tensors with their shapes.
+def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo], *, needed: set[str]) -> None:
+    """Raise ValueError unless an update holds every tensor that is needed, and none but the checkpoint's.
 
-    A tied head may be present or absent on either side: hub checkpoints differ in that.
+    A checkpoint may hold tensors that no worker reads (a tied head written out, layers of multi-token prediction), and
+    lack a head that is tied: hub checkpoints differ in that.
     """
-    optional = {"lm_head.weight"} if tied else set()
-    missing = sorted(expected.keys() - got.keys() - optional)
-    unknown = sorted(got.keys() - expected.keys() - optional)
+    missing = sorted(needed - got.keys())
+    unknown = sorted(got.keys() - stored.keys() - {"lm_head.weight"})
     wrong = [
-        f"{name} {got[name]} instead of {expected[name]}"
-        for name in sorted(got.keys() & expected.keys())
-        if got[name] != expected[name]
+        f"{name} {got[name]} instead of {stored[name].shape}"
+        for name in sorted(got.keys() & stored.keys())
+        if got[name] != stored[name].shape
     ]
     faults = [
         f"{what} {shown(names)}"
@@ -207,7 +217,7 @@ def check_complete(got: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
     ]
     if faults:
         raise ValueError(
-            f"weight update: got {len(got)} tensors, expected the checkpoint's {len(expected)}: " + "; ".join(faults)
+            f"weight update: got {len(got)} tensors, expected the checkpoint's {len(stored)}: " + "; ".join(faults)
         )
 
 
@@ -232,34 +242,6 @@ def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     arrays = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return dict(zip(tensors, pool.map(zlib.crc32, arrays), strict=True))
-
-
-def drop_partial_reload(model: torch.nn.Module) -> None:
-    """Forget what a reload that failed half-way had buffered.
-
-    vLLM counts loaded elements per layer; with the old ones left in, a layer would be finished too early and
-    keep stale or missing parts without a word.
-    """
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        if info.can_load():
-            info.loaded_weights.clear()
-            info.load_numel = 0
-
-
-def force_moe_repack(model: torch.nn.Module) -> None:
-    """Make the reload repack MoE weights on CPU.
-
-    vLLM 0.30 to 0.33 skip the CPU prepack when a kernel exists already, and would leave the experts in
-    checkpoint layout: wrong results without an error, or a dead engine. Dropping the kernel makes the reload
-    build it anew.
-    """
-    if not current_platform.is_cpu():
-        return
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if type(method).__name__ == "UnquantizedFusedMoEMethod" and hasattr(method, "moe_kernel"):
-            method.moe_kernel = None
 
 
 def shown(names: list[str]) -> str:

@@ -6,15 +6,16 @@ import os
 import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from megatron_dppo.processes import Child, free_port, start
 from megatron_dppo.rollout.engine import Manifest, RolloutEngine
@@ -44,7 +45,7 @@ class Served:
     url: str
     child: Child
     model_dir: Path
-    model: Qwen3MoeForCausalLM
+    model: PreTrainedModel
 
     def connect(self, **kwargs: object) -> AbstractAsyncContextManager[RolloutEngine]:
         """A fresh client, closed when the block is left."""
@@ -76,11 +77,16 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="session", params=["vllm"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    directory = tmp_path_factory.mktemp("engine")
-    # Layer 0 dense, so that the recorded routes of layer 1 alone are right only if layers are told apart.
-    model = tiny_model(tiny_config(mlp_only_layers=(0,)), seed=0)
+@contextmanager
+def serving(
+    config: pytest.Config,
+    directory: Path,
+    model: PreTrainedModel,
+    *extra: str,
+    routed_experts: bool = False,
+    **options: Any,
+) -> Iterator[Served]:
+    """A server on `model`, in fp32, with what `options` and `extra` add to its command line; it ends with the block."""
     model_dir = write_checkpoint(directory / "model", model)
     port = free_port()
     argv = server_command(
@@ -89,11 +95,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         cpu=True,
         dtype="float32",
         max_logprobs=MAX_LOGPROBS,
-        routed_experts=True,
         max_num_seqs=32,
-        extra=["--worker-extension-cls", "tests.engines.faulty_worker.FaultyExtension"],
+        routed_experts=routed_experts,
+        extra=["--worker-extension-cls", "tests.engines.faulty_worker.FaultyExtension", *extra],
+        **options,
     )
-    env = server_env(cpu=True, cache_root=request.config.cache.mkdir("vllm"))
+    env = server_env(cpu=True, cache_root=config.cache.mkdir("vllm"))
     env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
     child = start("vllm", argv, env=env, log_path=directory / "server.log")
     family: list[int] = []
@@ -101,15 +108,23 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         url = f"http://127.0.0.1:{port}"
         wait_ready(url, [child], READY_DEADLINE_S)
         family = descendants(child.pid)
-        yield Served(request.param, url, child, model_dir, model)
+        yield Served("vllm", url, child, model_dir, model)
     finally:
         child.stop()
         left = [pid for pid in family if alive(pid)]
         assert not left, f"processes {left} of the engine are still running"
 
 
+@pytest.fixture(scope="session", params=["vllm"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    # Layer 0 dense, so that the recorded routes of layer 1 alone are right only if layers are told apart.
+    model = tiny_model(tiny_config(mlp_only_layers=(0,)), seed=0)
+    with serving(request.config, tmp_path_factory.mktemp("engine"), model, routed_experts=True) as engine:
+        yield engine
+
+
 @torch.no_grad()
-def reference_logprobs(model: Qwen3MoeForCausalLM, trajectory, temperature: float) -> np.ndarray:
+def reference_logprobs(model: PreTrainedModel, trajectory, temperature: float) -> np.ndarray:
     """transformers' fp32 log-probs of all tokens at each response position, f32[R, V]."""
     ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).astype(np.int64)
     logits = model(torch.from_numpy(ids)[None]).logits[0, trajectory.prompt_length - 1 : -1]
@@ -153,9 +168,7 @@ def shared_memory(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def other(
-    served: Served, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Qwen3MoeForCausalLM, dict[str, torch.Tensor]]:
+def other(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model of the same shape with other weights, and its tensors under their hub names."""
     model = tiny_model(served.model.config, seed=1)
     return model, hub_tensors(write_checkpoint(tmp_path_factory.mktemp("other"), model))

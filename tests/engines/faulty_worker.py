@@ -1,24 +1,65 @@
-"""A worker extension that fails in the middle of a weight reload when told to. For tests only."""
+"""A worker extension that tells of its parameters, and fails during an update when told to. For tests only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import zlib
+from pathlib import Path
 from typing import Any
 
+import torch
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_dppo.rollout import vllm_cpu
 from megatron_dppo.rollout.vllm_worker import WorkerExtension
 
 
 class FaultyExtension(WorkerExtension):
     def mdppo_fail_next_load(self, after: int) -> dict[str, Any]:
-        """Let the next reload load `after` tensors and then raise; the one after it is sound again."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        sound = model.load_weights
+        """Let the next reload take `after` boxes and then raise; the one after it is sound again."""
+        reload: Any = self.weight_transfer_engine.reload
+        sound, taken = reload.place, 0
 
-        def faulty(weights: Iterator[Any]) -> None:
-            model.load_weights = sound
-            sound(islice(weights, after))
-            raise RuntimeError(f"injected fault after {after} tensors")
+        def faulty(*args: Any) -> None:
+            nonlocal taken
+            if taken == after:
+                reload.place = sound
+                raise RuntimeError(f"injected fault after {after} tensors")
+            taken += 1
+            sound(*args)
 
-        model.load_weights = faulty
+        reload.place = faulty
         return {}
+
+    def test_parameters(self) -> dict[str, int]:
+        """crc32 of every parameter and buffer; of layers whose weights vLLM has packed away, of what they compute."""
+        found: dict[str, int] = {}
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            found[name] = _crc32(tensor)
+        for name, module in model.named_modules():
+            if hasattr(module, "cpu_linear") and hasattr(module, "input_size_per_partition"):
+                inputs = torch.randn(3, module.input_size_per_partition, generator=torch.Generator().manual_seed(1)).to(
+                    module.params_dtype
+                )
+                found[f"{name} computes"] = _crc32(module.quant_method.apply(module, inputs, None))
+        return found
+
+    def test_load(self, path: str) -> dict[str, int]:
+        """Loads a checkpoint by vLLM's own loaders; then as `test_parameters`."""
+        from safetensors.torch import load_file
+
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        vllm_cpu.before_reload(model)
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(load_file(Path(path) / "model.safetensors").items()))
+        finalize_layerwise_reload(model, self.vllm_config.model_config)
+        vllm_cpu.after_reload(model)
+        return self.test_parameters()
+
+    def test_whole(self) -> dict[str, str]:
+        """The tensors that this worker takes whole, and why."""
+        return self.weight_transfer_engine.reload.whole
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,223 @@
+"""What a model's own weight loaders read of each hub tensor, and where they put it: recorded once, then repeated.
+
+A recorded tensor has the shape of a whole hub tensor and no numbers. Views of it are followed on torch's meta device; a
+copy into a parameter is noted instead of done. The notes say which boxes a worker of an engine keeps, and are all that
+is needed to put later numbers in their places without the loaders. What a loader does beyond views and copies cannot be
+noted: such tensors are named, with the operation, and have to go through the loader whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from megatron_dppo.weights.hub_files import TensorInfo
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The box `start .. stop` of a hub tensor goes to a strided place of the storage `target`.
+
+    Dimension i of the place (`size`, `stride`, `offset` in elements) runs along axis `axes[i]` of the hub tensor; None
+    where it has extent 1.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    axes: tuple[int | None, ...]
+    target: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A strided copy between the contiguous numbers of a part and a storage; strides and offsets in elements."""
+
+    target: int
+    size: tuple[int, ...]
+    to_stride: tuple[int, ...]
+    to_offset: int
+    from_stride: tuple[int, ...]
+    from_offset: int
+
+
+@dataclass
+class Recording:
+    """Each tensor's copies in the order of the loaders, and why the tensors in `whole` could not be followed."""
+
+    copies: dict[str, list[Copy]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    def boxes(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """(tensor, start, stop): what is read of the tensors that could be followed; none inside another."""
+        for name, copies in self.copies.items():
+            if name in self.whole:
+                continue
+            kept: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+            for start, stop in sorted({(c.start, c.stop) for c in copies}, key=_volume, reverse=True):
+                if not any(_contains(box, (start, stop)) for box in kept):
+                    kept.append((start, stop))
+            yield from ((name, *box) for box in sorted(kept))
+
+
+def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping[str, TensorInfo]) -> Recording:
+    """Calls `load` with a recorded tensor under every name; no parameter is written to."""
+    recording = Recording()
+
+    def recorded(name: str, info: TensorInfo) -> Tensor:
+        whole = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        return _Recorded.of(_Source(name, info.shape, recording), whole)
+
+    load((name, recorded(name, info)) for name, info in tensors.items())
+    return recording
+
+
+def steps(copies: Iterable[Copy], start: tuple[int, ...], stop: tuple[int, ...]) -> Iterator[Step]:
+    """How the part `start .. stop` of a hub tensor, contiguous, is copied to wherever its elements go; `copies` are
+    the tensor's."""
+    part_stride = _contiguous_stride([b - a for a, b in zip(start, stop, strict=True)])
+    for copy in copies:
+        low = [max(a, b) for a, b in zip(start, copy.start, strict=True)]
+        high = [min(a, b) for a, b in zip(stop, copy.stop, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        along = list(zip(copy.axes, copy.stride, strict=True))
+        yield Step(
+            target=copy.target,
+            size=tuple(1 if axis is None else high[axis] - low[axis] for axis in copy.axes),
+            to_stride=copy.stride,
+            to_offset=copy.offset + sum((low[a] - copy.start[a]) * s for a, s in along if a is not None),
+            from_stride=tuple(1 if axis is None else part_stride[axis] for axis in copy.axes),
+            from_offset=sum((a - b) * s for a, b, s in zip(low, start, part_stride, strict=True)),
+        )
+
+
+def apply_step(step: Step, part: Tensor, storage: Tensor) -> None:
+    """Does one copy; `part` and `storage` are flat."""
+    source = part.as_strided(step.size, step.from_stride, part.storage_offset() + step.from_offset)
+    storage.as_strided(step.size, step.to_stride, step.to_offset).copy_(source)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A hub tensor, and where its copies are noted."""
+
+    name: str
+    shape: tuple[int, ...]
+    recording: Recording
+
+    def give_up(self, why: str) -> None:
+        self.recording.whole.setdefault(self.name, f"its loader {why}")
+
+
+class _Recorded(Tensor):
+    """A hub tensor without numbers, or a view of it."""
+
+    source: _Source
+    on_meta: Tensor  # the same view of a tensor of that shape
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(source: _Source, view: Tensor) -> _Recorded:
+        wrapped = Tensor._make_wrapper_subclass(
+            _Recorded, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype,
+            device=torch.get_default_device(),
+        )  # fmt: skip
+        assert isinstance(wrapped, _Recorded)
+        wrapped.source, wrapped.on_meta = source, view
+        return wrapped
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"recorded {self.source.name} {tuple(self.shape)}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        first = args[0]
+        if func.is_view and isinstance(first, cls):
+            return tree_map(lambda view: cls.of(first.source, view), func(first.on_meta, *args[1:], **kwargs))
+        if func is torch.ops.aten.copy_.default and isinstance(args[1], cls) and not isinstance(first, cls):
+            args[1]._note(first)
+            return first
+
+        def zeros(value: Any) -> Any:
+            if not isinstance(value, cls):
+                return value
+            value.source.give_up(f"computes {func}")
+            return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+
+        return func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+
+    def _note(self, place: Tensor) -> None:
+        if 0 in place.shape:
+            return
+        where = _box(self.on_meta, self.source.shape)
+        if where is None or place.shape != self.shape:
+            self.source.give_up(f"copies {tuple(self.shape)}, which is no box of it")
+            return
+        start, stop, axes = where
+        copy = Copy(
+            start=start,
+            stop=stop,
+            axes=axes,
+            target=storage_of(place),
+            size=tuple(place.shape),
+            stride=place.stride(),
+            offset=int(place.storage_offset()),
+        )
+        self.source.recording.copies.setdefault(self.source.name, []).append(copy)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What `Copy.target` says: the same for all views of the same memory, also on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _box(
+    view: Tensor, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]] | None:
+    """The box that a view of a contiguous tensor covers and the axis of each of its dimensions; None: not a box."""
+    whole = _contiguous_stride(shape)
+    start, rest = [], int(view.storage_offset())
+    for stride in whole:
+        start.append(rest // stride)
+        rest %= stride
+    stop = [a + 1 for a in start]
+    axes: list[int | None] = []
+    for extent, stride in zip(view.shape, view.stride(), strict=True):
+        if extent == 1:
+            axes.append(None)
+            continue
+        found = [axis for axis, s in enumerate(whole) if s == stride and shape[axis] > 1 and axis not in axes]
+        if not found or start[found[0]] + extent > shape[found[0]]:
+            return None
+        axes.append(found[0])
+        stop[found[0]] = start[found[0]] + extent
+    return tuple(start), tuple(stop), tuple(axes)
+
+
+def _contiguous_stride(shape: Iterable[int]) -> list[int]:
+    strides, step = [], 1
+    for extent in reversed(list(shape)):
+        strides.append(step)
+        step *= extent
+    return strides[::-1]
+
+
+def _contains(outer: tuple[tuple[int, ...], ...], inner: tuple[tuple[int, ...], ...]) -> bool:
+    return all(a <= b for a, b in zip(outer[0], inner[0], strict=True)) and all(
+        a >= b for a, b in zip(outer[1], inner[1], strict=True)
+    )
+
+
+def _volume(box: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+    return math.prod(b - a for a, b in zip(*box, strict=True))
