@@ -79,7 +79,7 @@ class Client:
         for path in self.shared.glob("batch-*"):  # the ranks are done with them
             path.unlink()
         with _timed(self.seconds, "update_engines"):
-            manifest = _manifest(message)
+            manifest = Manifest.from_json(message)
             await asyncio.gather(*(self._update(engine, version, manifest) for engine in self.engines))
 
     async def _update(self, engine: RolloutEngine, version: int, manifest: Manifest) -> None:
@@ -196,11 +196,6 @@ def with_advantages(
 
 def _order(plan: Plan, replica: int) -> list[int]:
     return [index for minibatch in plan for micro_batch in minibatch[replica] for index in micro_batch]
-
-
-def _manifest(message: dict[str, Any]) -> Manifest:
-    tensors = tuple((name, dtype, tuple(shape), offset) for name, dtype, shape, offset in message["tensors"])
-    return Manifest(message["version"], message["path"], tensors, message["nbytes"], tuple(message["crc32"]))
 
 
 def _batch_metrics(trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ Implementations: `vllm.VllmEngine`. Contract tests, parametrised by engine:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -147,6 +147,46 @@ class Manifest:
         """The fields as plain lists and numbers."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Manifest:
+        """What `as_json` made."""
+        tensors = tuple((name, dtype, tuple(shape), offset) for name, dtype, shape, offset in fields["tensors"])
+        crc32 = None if fields["crc32"] is None else tuple(fields["crc32"])
+        return cls(**{**fields, "tensors": tensors, "crc32": crc32})
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """A complete set of weights for an engine, sent to its workers by the trainer's ranks (`weights.transfer`).
+
+    The ranks must be sending, or about to, when `begin_update` is called. `store`: host:port of a TCPStore, which has
+    each worker's share of the plan under `plan/{digest}/{worker}`. Channels are named by `generation`, a number that
+    no earlier group of these engines has had: `{generation}/engine{i}`. Raises ValueError.
+    """
+
+    version: int
+    store: str
+    digest: str
+    generation: int
+    ranks: int  # of the trainer
+    instance: int = 0  # which of the `instances` engines this one is
+    instances: int = 1
+    timeout_s: float = 120.0
+    transport: Literal["group"] = "group"
+
+    def __post_init__(self) -> None:
+        if self.version < 0:
+            raise ValueError(f"group update: got version {self.version}, expected >= 0")
+        if not 0 <= self.instance < self.instances:
+            raise ValueError(f"group update: got instance {self.instance}, expected 0..{self.instances - 1}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+Update = Manifest | GroupUpdate
+
 
 class RolloutEngine(Protocol):
     """An engine that samples responses and takes new weights in memory. All methods are coroutines.
@@ -181,12 +221,13 @@ class RolloutEngine(Protocol):
         """Undo `pause`. Raises EngineError during an update, and while the weights are unusable."""
         ...
 
-    async def begin_update(self, version: int, manifest: Manifest) -> None:
+    async def begin_update(self, version: int, update: Update) -> None:
         """Hand over a complete set of weights; the engine checks it and keeps its own until `commit`.
 
-        Raises ValueError if `version` is not the manifest's; EngineError if requests are in flight, or if the
-        engine refuses the update (a missing tensor, a wrong shape, a checksum). Generation then stays refused
-        until an update succeeds or `abort_update` makes sure of the old weights.
+        Over a group they replace its own as they come, and a failure leaves it unusable until a full update. Raises
+        ValueError if `version` is not the update's; EngineError if requests are in flight, or if the engine refuses
+        the update (a missing tensor, a wrong shape, a checksum). Generation then stays refused until an update
+        succeeds or `abort_update` makes sure of the old weights.
         """
         ...
 

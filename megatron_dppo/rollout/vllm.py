@@ -31,9 +31,9 @@ from megatron_dppo.rollout.engine import (
     EngineBadAnswer,
     EngineError,
     EngineUnreachable,
-    Manifest,
     PauseMode,
     Sampling,
+    Update,
 )
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.vllm_answer import parse_answer, request_body
@@ -202,9 +202,9 @@ class VllmEngine:
 
     # ---- weights ----
 
-    async def begin_update(self, version: int, manifest: Manifest) -> None:
-        if version != manifest.version:
-            raise ValueError(f"begin_update: got version {version}, expected the manifest's {manifest.version}")
+    async def begin_update(self, version: int, update: Update) -> None:
+        if version != update.version:
+            raise ValueError(f"begin_update: got version {version}, expected the update's {update.version}")
         await self.capabilities()
         if self._in_flight:
             raise EngineError(self.url, f"update refused: {self._in_flight} requests in flight, expected pause() first")
@@ -212,13 +212,14 @@ class VllmEngine:
             raise EngineError(
                 self.url, "update refused: another is handed over, expected commit() or abort_update() first"
             )
-        if self._state != "unusable":
-            self._state = "updating"
+        if self._state != "unusable":  # over a group the model changes as numbers come, from a file at `commit`
+            self._state = "unusable" if update.transport == "group" else "updating"
         await self._pause_server("wait")  # no-op after pause(); else for requests of other clients
-        payload = {key: value for key, value in manifest.as_json().items() if key != "transport"}
+        payload = {"version": version, update.transport: update.as_json()}
         await self._ask_workers("mdppo_discard_update")
         await self._once("POST", "/start_weight_update")
         await self._once("POST", "/update_weights", {"update_info": payload})
+        await self._ask_workers("mdppo_fault")
         self._staged_version = version
 
     async def commit(self) -> None:
@@ -227,6 +228,7 @@ class VllmEngine:
         version, self._staged_version = self._staged_version, None
         self._state = "unusable"  # until all of this has succeeded
         await self._once("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self._ask_workers("mdppo_fault")
         found = await self.version()
         if found != version:
             raise EngineError(self.url, f"commit: the workers report version {found}, expected {version}")
@@ -262,6 +264,8 @@ class VllmEngine:
         results = answer.get("results")
         if not isinstance(results, list) or not results or not isinstance(results[0], dict):
             raise EngineBadAnswer(self.url, f"{method}: got {answer!r:.200}, expected one result a worker")
+        if errors := sorted({str(result["error"]) for result in results if "error" in result}):
+            raise EngineError(self.url, f"{method}: {'; '.join(errors):.{MESSAGE_CHARS}}")
         if any(result != results[0] for result in results):
             raise EngineError(self.url, f"{method}: its workers disagree: {results!r:.{MESSAGE_CHARS}}")
         return results[0]

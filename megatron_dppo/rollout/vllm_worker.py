@@ -8,24 +8,25 @@ An update has two phases. *Staging* (`/update_weights`) checks that the file is 
 tensor of the checkpoint with the right shape, and its checksums: the model is not touched, so a refused or
 abandoned update leaves a working engine. *Applying* (`/finish_weight_update`) copies the boxes that this worker keeps
 into the model, layer by layer; should it fail half-way, the weights are marked unusable (version -1) until a full
-update succeeds.
+update succeeds. Weights sent over a group go straight into the model: there is no memory to stage them.
+
+No method raises: vLLM would give up at the first worker's error and take the other workers' answers for those to its
+next question. What went wrong is in the answer, or kept for `mdppo_fault`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
-import os
 import re
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import vllm
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -33,99 +34,181 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 
 from megatron_dppo.rollout import vllm_cpu
+from megatron_dppo.rollout.engine import GroupUpdate, Manifest
 from megatron_dppo.rollout.vllm_reload import Reload
 from megatron_dppo.rollout.vllm_server import TRANSFER_BACKEND
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
+from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
+from megatron_dppo.weights.plan import Plan
+from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker
 
 BACKEND = TRANSFER_BACKEND
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNUSABLE = -1  # the version of weights that a failed update left half-written
-MAX_NAMES_SHOWN = 5
+CPU = torch.device("cpu")
 
 
 @dataclass
-class ShmInit(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: every update names its file."""
+class Init(WeightTransferInitInfo):
+    """Nothing to agree on beforehand: every update says where its weights come from."""
 
 
 @dataclass
-class ShmUpdate(WeightTransferUpdateInfo):
-    """One complete set of weights in one file; the fields of `engine.Manifest`, as JSON carries them."""
+class Update(WeightTransferUpdateInfo):
+    """One complete set of weights: in a file of shared memory, or sent over a group; the fields of `engine.Update`."""
 
     version: int
-    path: str
-    tensors: list[list[Any]]  # [name, dtype, shape, offset in bytes]
-    nbytes: int
-    crc32: list[int] | None = None
+    shm: dict[str, Any] | None = None
+    group: dict[str, Any] | None = None
 
 
 @dataclass
 class Staged:
-    """A checked update that waits to be applied."""
+    """An update that waits for the end; `tensors`, in a mapped file, still have to be taken."""
 
     version: int
-    tensors: dict[str, torch.Tensor]  # views of the mapped file
+    tensors: dict[str, torch.Tensor]
     crc32: dict[str, int]
 
 
-class SharedMemoryEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
-    """vLLM weight-transfer backend `BACKEND`: all tensors of a Hugging Face checkpoint in one mapped file."""
+Method = Callable[..., dict[str, Any]]
 
-    init_info_cls, update_info_cls = ShmInit, ShmUpdate
+
+def answering(method: Method) -> Method:
+    """Its error becomes its answer: {"error": what}."""
+
+    @functools.wraps(method)
+    def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            logging.getLogger(__name__).exception(method.__name__)
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    return answer
+
+
+class WeightEngine(WeightTransferEngine[Init, Update]):
+    """vLLM weight-transfer backend `BACKEND`: takes of hub tensors the boxes that this worker keeps."""
+
+    init_info_cls, update_info_cls = Init, Update
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.version = 0  # the weights that the engine was started with
         self.crc32: dict[str, int] = {}  # of the tensors of the last applied update
         self.staged: Staged | None = None
+        self.fault: dict[str, Any] = {}  # of the last call
+        self._members: tuple[tuple[Any, ...], Receiver] | None = None
 
-    @cached_property
+    @property
+    def worker(self) -> int:
+        """This worker's number in its engine."""
+        parallel = self.parallel_config
+        return int(parallel.data_parallel_index * parallel.world_size + parallel.rank)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What the engine was started with."""
+        return checkpoint_tensors(Path(self.model_config.model))
+
+    @functools.cached_property
     def reload(self) -> Reload:
         """Where this worker's weights come from and go; found when first asked for (0.2 ms a tensor)."""
-        reload = Reload(self.model, self.model_config, checkpoint_tensors(Path(self.model_config.model)))
+        reload = Reload(self.model, self.model_config, self.tensors)
         for name, why in reload.whole.items():
             logging.getLogger(__name__).warning("%s: this worker takes all of it at every update: %s", name, why)
         return reload
 
-    def init_transfer_engine(self, init_info: ShmInit) -> None:
+    def init_transfer_engine(self, init_info: Init) -> None:
         pass
 
     def start_weight_update(self) -> None:
         # Deliberately does not touch the model: see the two phases in the module's docstring.
         self.staged = None
 
-    def receive_weights(self, update_info: ShmUpdate) -> None:
-        """Stage an update. Raises ValueError, with the model untouched, if it is incomplete or damaged."""
-        if self.staged is not None:
-            raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
-        check_complete(
-            {name: tuple(shape) for name, _, shape, _ in update_info.tensors},
-            checkpoint_tensors(Path(self.model_config.model)),
-            needed={name for name, _, _ in self.reload.boxes},
-        )
-        tensors = dict(map_tensors(update_info))
-        crc32 = checksums(tensors)
-        if update_info.crc32 is not None:
-            names = [name for name, *_ in update_info.tensors]
-            bad = [name for name, crc in zip(names, update_info.crc32, strict=True) if crc32[name] != crc]
-            if bad:
-                raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
-        self.staged = Staged(update_info.version, tensors, crc32)
+    def receive_weights(self, update_info: Update) -> None:
+        """Stage an update from a file, or take one from a group; see `fault` for whether it did."""
+        self.fault = self._receive(update_info)
 
     def finish_weight_update(self) -> None:
-        """Apply the staged update. Raises RuntimeError if none is staged."""
+        """Put the update in use; see `fault` for whether it is."""
+        self.fault = self._finish()
+
+    @answering
+    def _receive(self, update_info: Update) -> dict[str, Any]:
+        """Raises ValueError, with the model untouched, if it is incomplete or damaged; TransferError if bytes of a
+        group do not come or are damaged, with the weights unusable."""
+        if self.staged is not None:
+            raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
+        if update_info.shm is not None:
+            self.staged = self._stage(Manifest.from_json(update_info.shm))
+        elif update_info.group is not None:
+            self._take(GroupUpdate(**update_info.group))
+            self.staged = Staged(update_info.version, {}, {})
+        else:
+            raise ValueError(f"weight update: got neither shm nor group for version {update_info.version}")
+        return {}
+
+    def _stage(self, manifest: Manifest) -> Staged:
+        check_complete(
+            {name: tuple(shape) for name, _, shape, _ in manifest.tensors},
+            self.tensors,
+            needed={name for name, _, _ in self.reload.boxes},
+        )
+        tensors = dict(map_tensors(manifest))
+        crc32 = checksums(tensors)
+        if manifest.crc32 is not None:
+            names = [name for name, *_ in manifest.tensors]
+            bad = [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]
+            if bad:
+                raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
+        return Staged(manifest.version, tensors, crc32)
+
+    def _take(self, update: GroupUpdate) -> None:
+        """Receives everything into the model, layer by layer: there is no memory to keep it elsewhere."""
+        receiver = self._receiver(update)
+        self.version = UNUSABLE  # until the last layer is in place
+        self.reload.begin()
+
+        def place(tensor: str, start: tuple[int, ...], stop: tuple[int, ...], part: torch.Tensor) -> None:
+            axes = len(self.tensors[tensor].shape)  # the plan counts one of one dimension as a column
+            self.reload.place(tensor, start[:axes], stop[:axes], part)
+
+        receiver.receive(place)
+
+    def _receiver(self, update: GroupUpdate) -> Receiver:
+        """Meets the trainer, and the instances before and behind, once a generation."""
+        key = (update.store, update.generation, update.digest, update.instance)
+        if self._members is None or self._members[0] != key:
+            self._members = None
+            host, _, port = update.store.rpartition(":")
+            timeout = timedelta(seconds=update.timeout_s)
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+            plan = Plan.from_bytes(store.get(f"plan/{update.digest}/{self.worker}"))
+            check_share(plan, self.reload.boxes)
+            device = CPU if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+            channels = join_as_worker(store, update, self.worker, len(plan.kept_bytes), device)
+            self._members = (key, Receiver(plan, self.worker, update.instance, *channels))
+        return self._members[1]
+
+    @answering
+    def _finish(self) -> dict[str, Any]:
+        """Raises RuntimeError if there is no update, or parts of it are missing."""
         if self.staged is None:
             raise RuntimeError("weight update: nothing is staged, send /update_weights first")
         staged, self.staged = self.staged, None
-        self.version = UNUSABLE  # until the last layer is in place
-        self.reload.begin()
-        for name, start, stop in self.reload.boxes:
-            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-            self.reload.place(name, start, stop, staged.tensors[name][box].contiguous())
+        if staged.tensors:
+            self.version = UNUSABLE  # until the last layer is in place
+            self.reload.begin()
+            for name, start, stop in self.reload.boxes:
+                box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+                self.reload.place(name, start, stop, staged.tensors[name][box].contiguous())
         self.reload.finish()
         self.version, self.crc32 = staged.version, staged.crc32
+        return {}
 
     def shutdown(self) -> None:
         self.staged = None
@@ -133,19 +216,25 @@ class SharedMemoryEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
 
 vllm_cpu.mend_expert_parallel()
 if BACKEND not in WeightTransferEngineFactory._registry:  # the module may be imported again in the same worker
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, WeightEngine)
 
 
 class WorkerExtension:
     """Methods added to vLLM's worker for `/collective_rpc`. They answer dicts, which HTTP leaves alone."""
 
-    weight_transfer_engine: SharedMemoryEngine
+    weight_transfer_engine: WeightEngine
     vllm_config: Any
 
+    @answering
+    def mdppo_fault(self) -> dict[str, Any]:
+        """What went wrong in the last step of an update: {"error": what}, or nothing."""
+        return self.weight_transfer_engine.fault
+
+    @answering
     def mdppo_describe(self) -> dict[str, Any]:
         """Facts that the client needs: see `engine.Capabilities`."""
         config = self.vllm_config.model_config
-        names = checkpoint_tensors(Path(config.model))
+        names = self.weight_transfer_engine.tensors
         moe_layers = {int(m[1]) for name in names if (m := re.search(r"layers\.(\d+)\..*experts\.\d", name))}
         return {
             "engine_version": vllm.__version__,
@@ -158,16 +247,17 @@ class WorkerExtension:
             "dtype": str(config.dtype).removeprefix("torch."),
         }
 
+    @answering
     def mdppo_boxes(self) -> dict[str, Any]:
         """What this worker keeps: `worker` (its number), and its boxes as [tensor, start, stop]."""
-        parallel = self.vllm_config.parallel_config
-        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        return {"worker": worker, "boxes": self.weight_transfer_engine.reload.boxes}
+        return {"worker": self.weight_transfer_engine.worker, "boxes": self.weight_transfer_engine.reload.boxes}
 
+    @answering
     def mdppo_version(self) -> dict[str, int]:
         """Version of the weights in use: 0 those of the start, -1 unusable after a failed update."""
         return {"version": self.weight_transfer_engine.version}
 
+    @answering
     def mdppo_checksum(self, names: list[str]) -> dict[str, int]:
         """crc32 of the named tensors (all, for none) as received in the last applied update."""
         known = self.weight_transfer_engine.crc32
@@ -176,6 +266,7 @@ class WorkerExtension:
             raise ValueError(f"checksum: {shown(missing)} not in the last update, which held {len(known)} tensors")
         return {name: known[name] for name in names or known}
 
+    @answering
     def mdppo_discard_update(self) -> dict[str, int]:
         """Forget a started or staged update; the model keeps its weights. Returns the version in use."""
         self.weight_transfer_engine.staged = None
@@ -195,56 +286,3 @@ def checkpoint_tensors(model_dir: Path) -> dict[str, TensorInfo]:
             f"weight update: got {model_dir} without *.safetensors, expected the local checkpoint directory "
             "that the engine was started from (it says which tensors make a complete update)"
         ) from None
-
-
-def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo], *, needed: set[str]) -> None:
-    """Raise ValueError unless an update holds every tensor that is needed, and none but the checkpoint's.
-
-    A checkpoint may hold tensors that no worker reads (a tied head written out, layers of multi-token prediction), and
-    lack a head that is tied: hub checkpoints differ in that.
-    """
-    missing = sorted(needed - got.keys())
-    unknown = sorted(got.keys() - stored.keys() - {"lm_head.weight"})
-    wrong = [
-        f"{name} {got[name]} instead of {stored[name].shape}"
-        for name in sorted(got.keys() & stored.keys())
-        if got[name] != stored[name].shape
-    ]
-    faults = [
-        f"{what} {shown(names)}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-        if names
-    ]
-    if faults:
-        raise ValueError(
-            f"weight update: got {len(got)} tensors, expected the checkpoint's {len(stored)}: " + "; ".join(faults)
-        )
-
-
-def map_tensors(update: ShmUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views of the update's file, one a tensor; raises ValueError if the file is absent or too short."""
-    size = os.path.getsize(update.path) if os.path.isfile(update.path) else None
-    if size is None or size < update.nbytes:
-        raise ValueError(f"weight update: got {update.path} of {size} bytes, expected {update.nbytes}")
-    buffer = torch.from_file(update.path, shared=False, size=update.nbytes, dtype=torch.uint8)
-    for name, dtype_name, shape, offset in update.tensors:
-        if dtype_name not in DTYPES:
-            raise ValueError(f"weight update: got dtype {dtype_name} for {name}, expected one of {sorted(DTYPES)}")
-        dtype = DTYPES[dtype_name]
-        nbytes = math.prod(shape) * dtype.itemsize
-        if offset % dtype.itemsize or offset + nbytes > update.nbytes:
-            raise ValueError(f"weight update: {name} at {offset}+{nbytes} does not fit into {update.nbytes} bytes")
-        yield name, buffer[offset : offset + nbytes].view(dtype).view(shape)
-
-
-def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """crc32 of each tensor's bytes; zlib releases the GIL, so large updates use all the worker's threads."""
-    arrays = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(zlib.crc32, arrays), strict=True))
-
-
-def shown(names: list[str]) -> str:
-    """The first few of `names` and how many more there are, for error messages."""
-    rest = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + rest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from megatron_dppo.weights.sharing import fair_quotas, share_parts
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 BUCKETS_IN_FLIGHT = 2  # one is sent while the next is packed, one received while the last is unpacked
+_COLUMNS = ("tensor", "src_rank", "src_param", "src_offset", "start", "stop", "dst", "bucket", "offset")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
@@ -76,12 +78,14 @@ class Plan:
 
     int32 [parts]: tensor, src_rank, src_param, dst, bucket; [parts, 2]: src_offset, start, stop; int64 [parts]: offset.
     int64 `kept_bytes` [workers]: what the workers' boxes hold; `fair_bytes` [ranks]: the best balanced sending.
+    `num_buckets` is that of the whole sync, also in a selection of its parts.
     """
 
     tensors: tuple[str, ...]
     dtypes: tuple[str, ...]
     params: tuple[str, ...]
     instances: int
+    num_buckets: int
     tensor: NDArray[np.int32]
     src_rank: NDArray[np.int32]
     src_param: NDArray[np.int32]
@@ -100,14 +104,37 @@ class Plan:
         itemsize = np.array([ITEMSIZE[dtype] for dtype in self.dtypes], np.int64)
         return (self.stop.astype(np.int64) - self.start).prod(axis=1) * itemsize[self.tensor]
 
-    @property
-    def num_buckets(self) -> int:
-        """Buckets of one sync."""
-        return int(self.bucket[-1]) + 1 if len(self.bucket) else 0
-
     def rows(self, bucket: int) -> slice:
         """Where the parts of one bucket are in the arrays."""
         return slice(*np.searchsorted(self.bucket, (bucket, bucket + 1)).tolist())
+
+    def select(self, *, src_rank: int | None = None, dst: int | None = None) -> Plan:
+        """The parts that a rank sends, or a worker receives; the number of buckets stays."""
+        kept = np.ones(len(self.bucket), bool)
+        if src_rank is not None:
+            kept &= self.src_rank == src_rank
+        if dst is not None:
+            kept &= self.dst == dst
+        columns = {f.name: getattr(self, f.name)[kept] for f in dataclasses.fields(self) if f.name in _COLUMNS}
+        return dataclasses.replace(self, num_buckets=self.num_buckets, **columns)
+
+    def to_bytes(self) -> bytes:
+        """For another process; `from_bytes` there."""
+        file = io.BytesIO()
+        names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        np.savez_compressed(file, allow_pickle=False, **{n: np.asarray(v) for n, v in names.items()})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """What `to_bytes` made."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            values: dict[str, Any] = {f.name: arrays[f.name] for f in dataclasses.fields(cls)}
+        for name in ("tensors", "dtypes", "params"):
+            values[name] = tuple(values[name].tolist())
+        for name in ("instances", "num_buckets"):
+            values[name] = int(values[name])
+        return cls(**values)
 
     def relay(self, bucket: int) -> list[int]:
         """The instances in the order in which they get a bucket: the first from the trainer, each from the one before.
@@ -215,6 +242,7 @@ def sync_plan(
         dtypes=tuple(dtypes.values()),
         params=sources.params,
         instances=instances,
+        num_buckets=int(bucket.max()) + 1,
         offset=_before((sent.volume * itemsize[sent.tensor])[order], (bucket * len(receivers) + sent.owner)[order]),
         kept_bytes=_sums(wanted.volume * itemsize[wanted.tensor], wanted.owner, len(receivers)),
         fair_bytes=fair,

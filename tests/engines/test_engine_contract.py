@@ -36,14 +36,16 @@ def training(temperature: float = 1.0, max_tokens: int = 24, K: int = 0, **kwarg
 GREEDY = Sampling(0.0, 24, training=False)
 
 
-def on(served: Served, body: Callable[[RolloutEngine], Awaitable[Any]], **kwargs: Any) -> Any:
+def on(
+    served: Served, body: Callable[[RolloutEngine], Awaitable[Any]], *, deadline_s: float = 60, **kwargs: Any
+) -> Any:
     """Run `body` with a fresh client of the engine."""
 
     async def main() -> Any:
         async with served.connect(**kwargs) as engine:
             return await body(engine)
 
-    return asyncio.run(asyncio.wait_for(main(), 60))
+    return asyncio.run(asyncio.wait_for(main(), deadline_s))
 
 
 def sample(served: Served, prompts: list[list[int]], sampling: Sampling) -> list[Trajectory]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megatron_dppo.architecture import load_architecture
+from megatron_dppo.rollout.engine import EngineError, GroupUpdate
+from megatron_dppo.weights import transfer
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
+from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout
+from megatron_dppo.weights.mapping import hub_dtypes
+from megatron_dppo.weights.plan import Plan, sync_plan
+from megatron_dppo.weights.transfer import Sender, join_as_rank
 from tests.engines.conftest import Served, serving, share
 from tests.engines.test_engine_contract import PROMPTS, TOLERANCE, on, training, update, worst
 from tests.tiny_models import (
@@ -25,7 +34,9 @@ from tests.tiny_models import (
     tiny_model,
     write_checkpoint,
 )
+from tests.weights.test_transfer import parameters_of
 
+GROUP_TIMEOUT_S = 10.0
 MODELS = {
     "moe": tiny_config(),
     "tied": tiny_config(tie_word_embeddings=True, vocab_size=97, mlp_only_layers=(1,)),
@@ -44,6 +55,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Case:
+    name: str
     served: Served
     parallel: EngineParallel
     other: PreTrainedModel
@@ -59,7 +71,50 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     flags = ["--enable-expert-parallel"] if parallel.expert_parallel else []
     options = {"tensor_parallel_size": parallel.tensor}
     with serving(request.config, directory, tiny_model(MODELS[name], seed=0), *flags, **options) as served:
-        yield Case(served, parallel, other, other_dir)
+        yield Case(request.param, served, parallel, other, other_dir)
+
+
+@dataclass
+class Ranks:
+    """The ranks of a trainer, as threads, with the numbers of a checkpoint in their parameters."""
+
+    store: dist.TCPStore
+    plan: Plan
+    pieces: list[list[Piece]]
+    update: GroupUpdate
+    senders: dict[int, Sender] = field(default_factory=dict)
+
+    @classmethod
+    def meet(cls, case: Case, trainer: Parallel, generation: int) -> Ranks:
+        """Plans from the boxes that the workers tell of."""
+        arch = load_architecture(case.served.model_dir)
+        pieces = [list(megatron_layout(arch, trainer, rank)) for rank in range(trainer.ranks)]
+        answers = sorted(ask(case.served, "mdppo_boxes"), key=lambda answer: answer["worker"])
+        boxes = [[Box(name, tuple(start), tuple(stop)) for name, start, stop in a["boxes"]] for a in answers]
+        plan = sync_plan(pieces, boxes, hub_dtypes(arch, "float32"), bucket_bytes=1 << 16)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for worker in range(len(boxes)):
+            store.set(f"plan/{plan.digest()}/{worker}", plan.select(dst=worker).to_bytes())
+        address = f"127.0.0.1:{store.port}"
+        update = GroupUpdate(0, address, plan.digest(), generation, trainer.ranks, timeout_s=GROUP_TIMEOUT_S)
+        return cls(store, plan, pieces, update)
+
+    def send(self, rank: int, hub: dict[str, torch.Tensor]) -> None:
+        if rank not in self.senders:
+            store = dist.TCPStore("127.0.0.1", self.store.port, is_master=False, wait_for_workers=False)
+            channels = join_as_rank(store, self.update, rank, len(self.plan.kept_bytes), torch.device("cpu"))
+            self.senders[rank] = Sender(self.plan, rank, channels, len(self.pieces))
+        self.senders[rank].send(parameters_of(self.pieces[rank], hub))
+
+    async def sync(self, engine: Any, version: int, hub: dict[str, torch.Tensor]) -> None:
+        await engine.pause("wait")
+        sending = [asyncio.to_thread(self.send, rank, hub) for rank in range(len(self.pieces))]
+        update = dataclasses.replace(self.update, version=version)
+        _, *ends = await asyncio.gather(engine.begin_update(version, update), *sending, return_exceptions=True)
+        for end in (_, *ends):
+            if end is not None:
+                raise end
+        await engine.commit()
 
 
 def ask(served: Served, method: str, *args: Any) -> list[Any]:
@@ -96,3 +151,52 @@ def test_updates_make_what_the_loaders_make(case: Case, shared_memory: Path) -> 
             assert worst(samples, model) <= TOLERANCE
 
     on(case.served, body)
+
+
+TRAINERS = {
+    "tied-tp1": Parallel(pipeline=2, ranks=2),
+    "one_kv_head-tp2": Parallel(tensor=2, expert=2, ranks=4),
+    "moe-tp2_ep": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+    "qwen2-tp2": Parallel(tensor=2, ranks=4),
+}
+
+
+def test_updates_from_ranks_over_a_group(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten updates over the same channels; one that is damaged on its way; and, over new channels, the cure."""
+    models = {case.other_dir: case.other, case.served.model_dir: case.served.model}
+    expected = {path: ask(case.served, "test_load", str(path)) for path in models}
+    trainer = TRAINERS[case.name]
+
+    async def check(engine: Any, ranks: Ranks, version: int) -> None:
+        path, model = list(models.items())[version % 2]
+        await ranks.sync(engine, version, hub_tensors(path))
+        assert await asyncio.to_thread(ask, case.served, "test_parameters") == expected[path]
+        samples = [await engine.generate(prompt, training(), str(version)) for prompt in PROMPTS[:2]]
+        assert worst(samples, model) <= TOLERANCE
+        assert {int(v) for s in samples for v in s.policy_versions} == {version}
+
+    async def body(engine: Any) -> None:
+        first = await engine.version()
+        ranks = await asyncio.to_thread(Ranks.meet, case, trainer, 1)
+        assert ranks.plan.num_buckets > 3
+        for version in range(first + 1, first + 11):
+            await check(engine, ranks, version)
+
+        pack = transfer._pack
+
+        def damage(message: transfer.Message, buffer: torch.Tensor, parameters: Any) -> None:
+            pack(message, buffer, parameters)
+            if any(part.tensor == "model.layers.1.input_layernorm.weight" for part in message.parts):
+                buffer[5] ^= 1
+
+        monkeypatch.setattr(transfer, "_pack", damage)
+        with pytest.raises(EngineError, match=r"bucket \d+ from trainer rank \d .*got checksum"):
+            await ranks.sync(engine, first + 11, hub_tensors(case.other_dir))
+        monkeypatch.setattr(transfer, "_pack", pack)
+        assert await engine.version() == -1
+        with pytest.raises(EngineError, match="generate refused"):
+            await engine.generate(PROMPTS[0], training(), "r")
+        ranks = await asyncio.to_thread(Ranks.meet, case, trainer, 2)
+        await check(engine, ranks, first + 12)
+
+    on(case.served, body, deadline_s=120)
