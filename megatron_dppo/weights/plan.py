@@ -44,7 +44,8 @@ class Report:
     `sent_bytes` [trainer ranks] and `received_bytes` [workers of one instance, the same in each] of the hop from the
     trainer to an instance; the minimum of that hop is the bytes that the workers of an instance keep, and that of the
     hops between instances N - 1 times as much. `wire_over_minimum`: all bytes sent over all that must be.
-    `sender_staging_bytes`, `worker_staging_bytes`: the largest two buckets in a row. A message is what one rank sends
+    `sender_staging_bytes`, `worker_staging_bytes`: the largest two buckets in a row; a rank that sends more
+    in them than a worker receives packs it in pieces. A message is what one rank sends
     to one worker in one bucket and itemsize, of one or more parts. `sender_balance`: the busiest trainer rank over the
     mean of all; `sender_balance_limit`: the least that who holds what permits.
     """
@@ -78,7 +79,8 @@ class Plan:
 
     int32 [parts]: tensor, src_rank, src_param, dst, bucket; [parts, 2]: src_offset, start, stop; int64 [parts]: offset.
     int64 `kept_bytes` [workers]: what the workers' boxes hold; `fair_bytes` [ranks]: the best balanced sending.
-    `num_buckets` is that of the whole sync, also in a selection of its parts.
+    `num_buckets` is that of the whole sync, also in a selection of its parts; no worker receives more than
+    `bucket_bytes` in one.
     """
 
     tensors: tuple[str, ...]
@@ -86,6 +88,7 @@ class Plan:
     params: tuple[str, ...]
     instances: int
     num_buckets: int
+    bucket_bytes: int
     tensor: NDArray[np.int32]
     src_rank: NDArray[np.int32]
     src_param: NDArray[np.int32]
@@ -132,7 +135,7 @@ class Plan:
             values: dict[str, Any] = {f.name: arrays[f.name] for f in dataclasses.fields(cls)}
         for name in ("tensors", "dtypes", "params"):
             values[name] = tuple(values[name].tolist())
-        for name in ("instances", "num_buckets"):
+        for name in ("instances", "num_buckets", "bucket_bytes"):
             values[name] = int(values[name])
         return cls(**values)
 
@@ -172,7 +175,9 @@ class Plan:
             engine_to_engine_bytes=int(received.sum()) * hops,
             engine_to_engine_minimum=minimum * hops,
             wire_over_minimum=(total + int(received.sum()) * hops) / (minimum * self.instances),
-            sender_staging_bytes=tuple(self._peaks(self.src_rank, ranks).tolist()),
+            sender_staging_bytes=tuple(
+                np.minimum(self._peaks(self.src_rank, ranks), BUCKETS_IN_FLIGHT * self.bucket_bytes).tolist()
+            ),
             worker_staging_bytes=tuple(self._peaks(self.dst, workers).tolist()),
             num_parts=len(nbytes),
             num_messages=int(np.any(np.diff(message, prepend=-1) != 0, axis=0).sum()),
@@ -243,6 +248,7 @@ def sync_plan(
         params=sources.params,
         instances=instances,
         num_buckets=int(bucket.max()) + 1,
+        bucket_bytes=bucket_bytes,
         offset=_before((sent.volume * itemsize[sent.tensor])[order], (bucket * len(receivers) + sent.owner)[order]),
         kept_bytes=_sums(wanted.volume * itemsize[wanted.tensor], wanted.owner, len(receivers)),
         fair_bytes=fair,

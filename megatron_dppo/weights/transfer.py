@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
 
 CHECKSUM_BYTES = 8
+MOST_OVERHEAD_BYTES = 2 * CHECKSUM_BYTES  # of a message: padding and checksum
 Index = tuple[int, ...]
 # (tensor, start, stop of the part, its numbers)
 Place = Callable[[str, Index, Index, Tensor], None]
@@ -205,11 +206,12 @@ class Sender:
 
     def __init__(self, plan: Plan, rank: int, channels: Sequence[Channel], ranks: int) -> None:
         """`channels`: to each instance; worker w of it is number `ranks` + w there."""
-        self._buckets = messages(plan.select(src_rank=rank))
+        sent = messages(plan.select(src_rank=rank))
+        # What a rank packs at a time is bounded as what a worker receives is; it may have messages to many.
+        self._waves = _waves(sent, plan.bucket_bytes + ranks * MOST_OVERHEAD_BYTES)
         self._channels, self._ranks = channels, ranks
-        self._staging = [
-            torch.empty(size, dtype=torch.uint8, device=channels[0].device) for size in _staging_sizes(self._buckets)
-        ]
+        sizes = _staging_sizes([[message for _, message in wave] for wave in self._waves])
+        self._staging = [torch.empty(size, dtype=torch.uint8, device=channels[0].device) for size in sizes]
 
     @property
     def staging_bytes(self) -> int:
@@ -219,18 +221,19 @@ class Sender:
     @torch.no_grad()
     def send(self, parameters: Mapping[str, Tensor]) -> None:
         """Sends this rank's part of every bucket, each to the first instance on its way."""
-        in_flight: list[tuple[Channel, list[Any]]] = []
-        for bucket, sent in enumerate(self._buckets):
-            channel = self._channels[bucket % len(self._channels)]
+        in_flight: list[list[tuple[Channel, Any, int]]] = []
+        for number, wave in enumerate(self._waves):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
-                _finish(*in_flight.pop(0), bucket - BUCKETS_IN_FLIGHT)
-            works = []
-            for message, buffer in _laid_out(sent, self._staging[bucket % BUCKETS_IN_FLIGHT]):
+                _finish(in_flight.pop(0))
+            staging = self._staging[number % BUCKETS_IN_FLIGHT]
+            started = []
+            for (bucket, message), (_, buffer) in zip(wave, _laid_out([m for _, m in wave], staging), strict=True):
                 _pack(message, buffer, parameters)
-                works.append(channel.send(buffer, self._ranks + message.dst, bucket))
-            in_flight.append((channel, works))
-        for late, (channel, works) in enumerate(in_flight, len(self._buckets) - len(in_flight)):
-            _finish(channel, works, late)
+                channel = self._channels[bucket % len(self._channels)]
+                started.append((channel, channel.send(buffer, self._ranks + message.dst, bucket), bucket))
+            in_flight.append(started)
+        for wave_in_flight in in_flight:
+            _finish(wave_in_flight)
 
 
 class Receiver:
@@ -292,8 +295,23 @@ class Receiver:
         return [self._following.send(self._staging[bucket % BUCKETS_IN_FLIGHT][:used], 1, bucket)]
 
 
-def _finish(channel: Channel, works: Sequence[Any], bucket: int) -> None:
-    channel.finish(works, f"sending bucket {bucket}")
+def _finish(started: Sequence[tuple[Channel, Any, int]]) -> None:
+    for channel, work, bucket in started:
+        channel.finish([work], f"sending bucket {bucket}")
+
+
+def _waves(buckets: Sequence[Sequence[Message]], most: int) -> list[list[tuple[int, Message]]]:
+    """The messages of all buckets in their order, in groups of at most `most` bytes."""
+    waves: list[list[tuple[int, Message]]] = []
+    size = 0
+    for bucket, sent in enumerate(buckets):
+        for message in sent:
+            if not waves or size + message.nbytes > most:
+                waves.append([])
+                size = 0
+            waves[-1].append((bucket, message))
+            size += message.nbytes
+    return waves
 
 
 def _staging_sizes(buckets: Sequence[Sequence[Message]]) -> list[int]:

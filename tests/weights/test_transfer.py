@@ -75,6 +75,7 @@ class Job:
 
         def rank(number: int) -> None:
             sender = Sender(self.plan, number, join_as_rank(store, meeting(0), number, workers, CPU), ranks)
+            assert sender.staging_bytes <= 2 * (BUCKET_BYTES + 16 * ranks)
             for hub in hubs:
                 sender.send(parameters_of(self.pieces[number], hub))
 
