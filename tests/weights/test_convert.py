@@ -22,7 +22,15 @@ from megatron_dppo.weights import convert, global_tensors
 from megatron_dppo.weights.checkpoint import open_checkpoint
 from megatron_dppo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_dppo.weights.verify import differences
-from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import (
+    deepseek_config,
+    hub_tensors,
+    llama3_config,
+    qwen2_config,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+)
 
 
 def quiet(_: str) -> None:
@@ -65,6 +73,29 @@ def test_a_round_trip_keeps_every_bit(source: Path, tmp_path: Path, scheme: str,
     ]
     assert torch.equal(*logits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "megatron"]  # nothing else is left
+
+
+FAMILIES = {
+    "qwen3_moe": tiny_config(num_layers=3, mlp_only_layers=(1,)),
+    "qwen3": tiny_config(num_experts=4, mlp_only_layers=(0, 1)),
+    "qwen2": qwen2_config(tie_word_embeddings=True),
+    "llama": llama3_config(),
+    "deepseek_v3": deepseek_config(),
+    "kimi_k2": deepseek_config(q_lora_rank=None, n_shared_experts=1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_trip_of_every_architecture(tmp_path: Path, small_files: None, family: str) -> None:
+    model = tiny_model(FAMILIES[family], seed=4)
+    source = write_checkpoint(tmp_path / "hf", model, "kimi_k2" if family == "kimi_k2" else None)
+    for scheme in ("per_layer", "singleton"):
+        hf_to_megatron(source, tmp_path / scheme, scheme=scheme, say=quiet)  # type: ignore[arg-type]
+        megatron_to_hf(tmp_path / scheme, tmp_path / f"{scheme}_back", say=quiet)
+        original, back = hub_tensors(source), hub_tensors(tmp_path / f"{scheme}_back")
+        assert original.keys() == back.keys()
+        for name, tensor in original.items():
+            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
 
 
 def test_the_dtype_can_change_on_the_way(source: Path, tmp_path: Path) -> None:
