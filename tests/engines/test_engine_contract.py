@@ -331,7 +331,7 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
         trajectories = await asyncio.gather(*flying)
         assert {v for t in trajectories for v in t.policy_versions.tolist()} == {version}
         assert {t.finish_reason for t in trajectories} <= {"stop", "length"}
-        with pytest.raises(ValueError, match="got version 9, expected the manifest's"):
+        with pytest.raises(ValueError, match="got version 9, expected the update's"):
             await engine.begin_update(9, share(shared_memory, original, version + 2).manifest)
 
     on(served, body)

@@ -26,9 +26,7 @@ from megatron_dppo.weights.transfer import Sender, join_as_rank
 from tests.engines.conftest import Served, serving, share
 from tests.engines.test_engine_contract import PROMPTS, TOLERANCE, on, training, update, worst
 from tests.tiny_models import (
-    deepseek_config,
     hub_tensors,
-    llama3_config,
     qwen2_config,
     tiny_config,
     tiny_model,
@@ -42,8 +40,6 @@ MODELS = {
     "tied": tiny_config(tie_word_embeddings=True, vocab_size=97, mlp_only_layers=(1,)),
     "one_kv_head": tiny_config(num_kv_heads=1, vocab_size=131, num_experts=6, moe_intermediate_size=96),
     "qwen2": qwen2_config(num_key_value_heads=1, hidden_size=128),
-    "llama3": llama3_config(hidden_size=128, tie_word_embeddings=True),
-    "deepseek_v3": deepseek_config(),
 }
 CASES = {
     "tied-tp1": ("tied", EngineParallel()),
