@@ -70,6 +70,8 @@ class ParallelConfig(Section):
     expert: int = Field(1, ge=1)
     expert_tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
+    virtual: int = Field(1, ge=1)  # chunks of layers on each pipeline rank
+    chunk_layers: tuple[int, ...] | None = None  # of chunk v of rank p at place v x pipeline + p; null: all alike
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
     distributed_optimizer: bool = True
@@ -78,12 +80,19 @@ class ParallelConfig(Section):
     @property
     def layout(self) -> Parallel:
         """The same degrees for `weights.layout`; raises ValueError where they do not fit the ranks."""
-        return Parallel(self.tensor, self.expert, self.expert_tensor, self.pipeline, self.ranks)
+        return Parallel(
+            self.tensor, self.expert, self.expert_tensor, self.pipeline, self.ranks, self.virtual, self.chunk_layers
+        )
 
     @property
     def data(self) -> int:
         """Data-parallel replicas of the dense layers: what tensor and pipeline leave of the ranks."""
         return self.ranks // (self.tensor * self.pipeline)
+
+    @property
+    def least_micro_batches(self) -> int:
+        """Of a gradient step on each replica: Megatron's schedule of virtual stages begins with one a pipeline rank."""
+        return self.pipeline if self.virtual > 1 else 1
 
     @property
     def uses_sequence_parallel(self) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.weights.layout import padded_vocab_size
+from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron_dppo.config import (
@@ -161,11 +161,11 @@ def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
             f"parallel.tensor: got {tensor}, expected a divisor of the dense layers' intermediate_size "
             f"{arch.intermediate_size}"
         )
-    layers, pipeline = arch.num_layers, parallel.pipeline
-    if pipeline > layers:
-        yield f"parallel.pipeline: got {pipeline}, expected at most the model's {layers} layers"
-    elif layers % pipeline:
-        yield f"parallel.pipeline: got {pipeline}, expected a divisor of the model's {layers} layers"
+    try:
+        chunk_layers(arch.num_layers, parallel.layout, 0)
+    except ValueError as error:
+        if not str(error).startswith("parallel: "):  # ranks that do not divide: `_ranks` says it
+            yield str(error)
     if not arch.is_moe:
         for name in ("expert", "expert_tensor"):
             if getattr(parallel, name) > 1:

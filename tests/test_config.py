@@ -168,7 +168,13 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
     ("overrides", "fault"),
     [
         (["parallel.tensor=4", "parallel.ranks=4"], None),  # a multiple of the 2 KV heads
-        (["parallel.pipeline=4", "parallel.ranks=8"], "parallel.pipeline: got 4, expected at most"),
+        (["parallel.pipeline=4", "parallel.ranks=8"], "parallel.pipeline: got 4, expected a divisor of 2 layers"),
+        (["parallel.virtual=2"], "parallel.virtual: got 2, expected 1 with one pipeline stage"),
+        (
+            ["parallel.pipeline=2", "parallel.ranks=4", "parallel.chunk_layers=[2, 1]"],
+            "parallel.chunk_layers: got 3 layers in all, expected the model's 2",
+        ),
+        (["parallel.pipeline=2", "parallel.ranks=4", "parallel.chunk_layers=[2, 0]"], None),
         (["parallel.sequence_parallel=false"], "parallel.sequence_parallel: got false, expected true"),
         (["parallel.tensor=1", "parallel.sequence_parallel=true"], "parallel.sequence_parallel: got true"),
         (

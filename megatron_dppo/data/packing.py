@@ -78,12 +78,14 @@ def plan_step(
     replicas: int,
     micro_batch_tokens: int,
     seed: int,
+    least_micro_batches: int = 1,
 ) -> Plan:
     """Splits one step's samples into gradient steps, replicas and micro-batches.
 
     Groups (responses to one prompt) are shuffled and dealt whole to the minibatches. Within one, samples go to
     replicas so that the longest share is as short as the greedy rule gets it; each replica's share is sorted by
-    length and cut where rows x longest would exceed `micro_batch_tokens`. `lengths i64[N]`: prompt + response.
+    length and cut where rows x longest would exceed `micro_batch_tokens`, and into at least `least_micro_batches`.
+    `lengths i64[N]`: prompt + response.
 
     Raises ValueError when there are fewer groups than minibatches or a sample exceeds the budget.
     """
@@ -100,7 +102,7 @@ def plan_step(
     for part in np.array_split(shuffled, minibatches):
         members = np.flatnonzero(np.isin(groups, part))
         shares = [_cut(share, lengths, micro_batch_tokens) for share in _balance(members, lengths, replicas)]
-        most = max(len(share) for share in shares)
+        most = max(least_micro_batches, *(len(share) for share in shares))
         plan.append([_stretch(share, most) for share in shares])
     return plan
 

@@ -172,6 +172,7 @@ def place_batch(
         minibatches=config.training.minibatches,
         replicas=config.parallel.data,
         micro_batch_tokens=config.training.micro_batch_tokens,
+        least_micro_batches=config.parallel.least_micro_batches,
         seed=int(np.random.default_rng([config.run.seed, step]).integers(MAX_SEED)),
     )
     files, sizes = [], []

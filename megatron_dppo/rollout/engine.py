@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_dppo.rollout.trajectory import Trajectory
 
-PauseMode = Literal["wait", "abort"]
+PauseMode = Literal["wait", "abort", "keep"]
 UPDATE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes an element
 
 
@@ -214,7 +214,10 @@ class RolloutEngine(Protocol):
         ...
 
     async def pause(self, mode: PauseMode) -> None:
-        """Stop sampling: "wait" lets the requests in flight finish, "abort" ends them with what they have."""
+        """Stop sampling: "wait" lets the requests in flight finish, "abort" ends them with what they have, and "keep"
+        holds them: they go on after `commit` or `resume`, under the weights of then, and their trajectories say of each
+        token which weights it was sampled from. While requests are held `generate` waits instead of being refused.
+        """
         ...
 
     async def resume(self) -> None:

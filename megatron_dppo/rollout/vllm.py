@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import aiohttp
 from tenacity import (
@@ -47,6 +50,14 @@ MESSAGE_CHARS = 500  # of a server's error body in our message
 
 class _ServerFault(Exception):
     """A 5xx answer."""
+
+
+@dataclass
+class _Flight:
+    """A request at the engine: which of its tokens come from which weights, as (first token, version)."""
+
+    spans: list[tuple[int, int]]
+    tokens: int = 0  # sampled when it was last held
 
 
 class VllmEngine:
@@ -86,6 +97,11 @@ class VllmEngine:
         self._staged_version: int | None = None
         self._state: State = "ready"
         self._in_flight = 0
+        self._flights: dict[str, _Flight] = {}  # by the id that the server knows
+        self._numbers = itertools.count()
+        self._held = False  # requests are kept in a paused server
+        self._open = asyncio.Event()  # set when `generate` need not wait for held requests to go on
+        self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -142,12 +158,18 @@ class VllmEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
         facts = await self.capabilities()
-        body = request_body(facts, prompt_ids, sampling, request_id)
+        wire_id = f"{request_id}.{next(self._numbers)}"  # two samples may have the same id
+        body = request_body(facts, prompt_ids, sampling, wire_id)
+        await self._open.wait()
         async with self._flight(), self._slots:
+            await self._open.wait()
             self._require_ready()  # again: it may have been paused while this call waited for its slot
-            version = self._version
-            answer = await self._retrying("POST", GENERATE, body, check_version=True)
-        return parse_answer(self.url, facts, answer, prompt_ids, sampling, version, request_id, group_id)
+            flight = self._flights[wire_id] = _Flight([(0, self._version)])
+            try:
+                answer = await self._retrying("POST", GENERATE, body, flight=flight)
+            finally:
+                del self._flights[wire_id]
+        return parse_answer(self.url, facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
 
     @contextlib.asynccontextmanager
     async def _flight(self) -> AsyncIterator[None]:
@@ -172,15 +194,20 @@ class VllmEngine:
             raise EngineError(self.url, f"generate refused: {why[self._state]}")
 
     async def pause(self, mode: PauseMode) -> None:
-        if mode not in ("wait", "abort"):
-            raise ValueError(
-                f"pause: got mode {mode!r}, expected 'wait' or 'abort' (vLLM's 'keep' would sample one "
-                "response from two versions, and this client could not say where it changed)"
-            )
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"pause: got mode {mode!r}, expected one of {', '.join(get_args(PauseMode))}")
         if self._state == "updating":
             raise EngineError(self.url, "pause refused: the engine is updating")
+        if self._held and mode != "keep":
+            raise EngineError(self.url, "pause refused: requests are held, expected resume() or an update first")
         if self._state == "ready":  # an unusable one stays so until a full update has succeeded
             self._state = "paused"
+        if mode == "keep":
+            self._held = True
+            self._open.clear()
+            await self._pause_server(mode)
+            await self._count_tokens()
+            return
         if mode == "wait":
             await self._idle.wait()
         await self._pause_server(mode)
@@ -191,6 +218,17 @@ class VllmEngine:
                 break
             await self._pause_server(mode)
 
+    def _release(self) -> None:
+        self._held = False
+        self._open.set()
+
+    async def _count_tokens(self) -> None:
+        """How far every held request has come; one that the workers never saw has no token yet."""
+        progress = (await self._ask_workers("mdppo_progress"))["tokens"]
+        for wire_id, flight in self._flights.items():
+            at_server = re.compile(re.escape(f"generate-tokens-{wire_id}") + "(-[0-9a-f]{8})?")
+            flight.tokens = max((n for name, n in progress.items() if at_server.fullmatch(name)), default=0)
+
     async def _pause_server(self, mode: PauseMode) -> None:
         await self._once("POST", "/pause", params={"mode": mode, "clear_cache": "true"})
 
@@ -199,6 +237,7 @@ class VllmEngine:
             raise EngineError(self.url, f"resume refused: the engine is {self._state}")
         await self._once("POST", "/resume")
         self._state = "ready"
+        self._release()
 
     # ---- weights ----
 
@@ -206,7 +245,7 @@ class VllmEngine:
         if version != update.version:
             raise ValueError(f"begin_update: got version {version}, expected the update's {update.version}")
         await self.capabilities()
-        if self._in_flight:
+        if self._in_flight and not self._held:
             raise EngineError(self.url, f"update refused: {self._in_flight} requests in flight, expected pause() first")
         if self._staged_version is not None:
             raise EngineError(
@@ -214,12 +253,18 @@ class VllmEngine:
             )
         if self._state != "unusable":  # over a group the model changes as numbers come, from a file at `commit`
             self._state = "unusable" if update.transport == "group" else "updating"
-        await self._pause_server("wait")  # no-op after pause(); else for requests of other clients
+        if not self._held:
+            await self._pause_server("wait")  # no-op after pause(); else for requests of other clients
         payload = {"version": version, update.transport: update.as_json()}
         await self._ask_workers("mdppo_discard_update")
-        await self._once("POST", "/start_weight_update")
-        await self._once("POST", "/update_weights", {"update_info": payload})
-        await self._ask_workers("mdppo_fault")
+        try:
+            await self._once("POST", "/start_weight_update")
+            await self._once("POST", "/update_weights", {"update_info": payload})
+            await self._ask_workers("mdppo_fault")
+        except EngineError:
+            if self._state == "unusable":
+                self._open.set()  # who waits for held requests to go on learns that they do not
+            raise
         self._staged_version = version
 
     async def commit(self) -> None:
@@ -236,8 +281,11 @@ class VllmEngine:
             raise EngineError(
                 self.url, "commit: the prefix cache could not be reset, its entries are of the old weights"
             )
+        for flight in self._flights.values():
+            flight.spans.append((flight.tokens, version))
         await self._once("POST", "/resume")
         self._version, self._state = version, "ready"
+        self._release()
 
     async def abort_update(self) -> None:
         self._staged_version = None
@@ -250,6 +298,7 @@ class VllmEngine:
             )
         await self._once("POST", "/resume")
         self._state = "ready"
+        self._release()
 
     async def close(self) -> None:
         for session in (self._sampling, self._control):
@@ -287,12 +336,12 @@ class VllmEngine:
         path: str,
         body: dict[str, Any] | None = None,
         *,
-        check_version: bool = False,
+        flight: _Flight | None = None,
         parse: bool = True,
     ) -> dict[str, Any]:
         """Send a request that may be repeated after transport errors and 5xx answers.
 
-        check_version: before a repetition, make sure that no restart brought other weights.
+        flight: of a sample; before a repetition, make sure that no restart brought other weights, and count anew.
         """
         try:
             async for attempt in AsyncRetrying(
@@ -301,8 +350,9 @@ class VllmEngine:
                 retry=retry_if_exception_type((*TRANSPORT_ERRORS, _ServerFault)),
             ):
                 with attempt:
-                    if check_version and attempt.retry_state.attempt_number > 1:
+                    if flight and attempt.retry_state.attempt_number > 1:
                         await self._check_version()
+                        flight.spans, flight.tokens = [(0, self._version)], 0
                     return await self._send(verb, path, body, parse=parse)
         except RetryError as error:
             last = error.last_attempt.exception()

@@ -73,11 +73,14 @@ def parse_answer(
     answer: dict[str, Any],
     prompt_ids: Sequence[int],
     sampling: Sampling,
-    version: int,
+    spans: Sequence[tuple[int, int]],
     request_id: str,
     group_id: str,
 ) -> Trajectory:
-    """A validated trajectory from the answer. Raises EngineBadAnswer that says what is wrong with it."""
+    """A validated trajectory from the answer. Raises EngineBadAnswer that says what is wrong with it.
+
+    `spans`: (first token, version of the weights from there on), in order.
+    """
     try:
         choice = _only_choice(answer)
         ids = _response_ids(choice, facts.vocab_size)
@@ -95,12 +98,19 @@ def parse_answer(
             rollout_logprobs=logprobs,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
-            policy_versions=np.full(len(ids), version, np.int32),
+            policy_versions=_versions(spans, len(ids)),
             **_routes(choice, facts, len(prompt_ids) + len(ids) - 1),
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # An answer may be wrong in any way at all; whatever it breaks here, it is the answer that is bad.
         raise EngineBadAnswer(url, f"request {request_id}: {type(error).__name__}: {error}") from error
+
+
+def _versions(spans: Sequence[tuple[int, int]], length: int) -> Array:
+    versions = np.empty(length, np.int32)
+    for first, version in spans:
+        versions[first:] = version
+    return versions
 
 
 def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from megatron_dppo.weights.plan import Plan
 from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker
 
 BACKEND = TRANSFER_BACKEND
+MOST_ENDED = 4096  # requests that are remembered after their end
 UNUSABLE = -1  # the version of weights that a failed update left half-written
 CPU = torch.device("cpu")
 
@@ -219,11 +220,34 @@ if BACKEND not in WeightTransferEngineFactory._registry:  # the module may be im
     WeightTransferEngineFactory.register_engine(BACKEND, WeightEngine)
 
 
+class Requests(dict[str, Any]):
+    """The model runner's requests; how many tokens those had that ended since the last look is remembered."""
+
+    def __init__(self, requests: dict[str, Any]) -> None:
+        super().__init__(requests)
+        self.ended: dict[str, int] = {}
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of any dict."""
+        if key in self:
+            self.ended[key] = len(self[key].output_token_ids)
+            if len(self.ended) > MOST_ENDED:
+                del self.ended[next(iter(self.ended))]
+        return super().pop(key, *default)
+
+    def tokens(self) -> dict[str, int]:
+        """Sampled tokens of every request that is there, or was at the last look."""
+        found = self.ended | {key: len(request.output_token_ids) for key, request in self.items()}
+        self.ended = {}
+        return found
+
+
 class WorkerExtension:
     """Methods added to vLLM's worker for `/collective_rpc`. They answer dicts, which HTTP leaves alone."""
 
     weight_transfer_engine: WeightEngine
     vllm_config: Any
+    model_runner: Any
 
     @answering
     def mdppo_fault(self) -> dict[str, Any]:
@@ -232,7 +256,9 @@ class WorkerExtension:
 
     @answering
     def mdppo_describe(self) -> dict[str, Any]:
-        """Facts that the client needs: see `engine.Capabilities`."""
+        """Facts that the client needs: see `engine.Capabilities`. It comes before the client's first request."""
+        if not isinstance(self.model_runner.requests, Requests):
+            self.model_runner.requests = Requests(self.model_runner.requests)
         config = self.vllm_config.model_config
         names = self.weight_transfer_engine.tensors
         moe_layers = {int(m[1]) for name in names if (m := re.search(r"layers\.(\d+)\..*experts\.\d", name))}
@@ -246,6 +272,11 @@ class WorkerExtension:
             "moe_layers": sorted(moe_layers),
             "dtype": str(config.dtype).removeprefix("torch."),
         }
+
+    @answering
+    def mdppo_progress(self) -> dict[str, Any]:
+        """`tokens`: sampled so far of each request, by vLLM's id; also of those that ended since the last call."""
+        return {"tokens": self.model_runner.requests.tokens()}
 
     @answering
     def mdppo_boxes(self) -> dict[str, Any]:

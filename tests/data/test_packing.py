@@ -95,6 +95,18 @@ def test_replicas_get_even_shares() -> None:
     assert loads == [60, 60]
 
 
+def test_at_least_so_many_micro_batches() -> None:
+    """Seven samples that fit into one become four; with fewer samples than that some are empty."""
+    ((share,),) = plan_step(
+        np.full(7, 3), np.zeros(7), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
+    )
+    assert [len(micro) for micro in share] == [1, 2, 2, 2]
+    ((share,),) = plan_step(
+        np.full(2, 3), np.zeros(2), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
+    )
+    assert sorted(len(micro) for micro in share) == [0, 0, 1, 1]
+
+
 def test_impossible_plans_are_refused() -> None:
     with pytest.raises(ValueError, match="micro_batch_tokens: got 8, expected at least the longest sample's 9"):
         plan_step(np.array([9]), np.array([0]), minibatches=1, replicas=1, micro_batch_tokens=8, seed=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ LAYOUTS = {
     "dp2_ep2": Parallel(expert=2, ranks=2),
     "pp2": Parallel(pipeline=2, ranks=2),
     "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+    "pp2_virtual2_dp2": Parallel(pipeline=2, virtual=2, ranks=4),
+    "tp2_ep2_pp2_virtual2_uneven": Parallel(
+        tensor=2, expert=2, pipeline=2, virtual=2, ranks=4, chunk_layers=(1, 2, 0, 1)
+    ),
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "binary_tv": {"objective": {"name": "dppo_binary_tv"}},
@@ -47,7 +51,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(tiny_config(), seed=5))
+    return write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(tiny_config(num_layers=4), seed=5))
 
 
 def config(parallel: Parallel, **sections: Any) -> Config:
@@ -56,9 +60,7 @@ def config(parallel: Parallel, **sections: Any) -> Config:
         {
             "run": {"name": "test"},
             "model": {"path": "unused", "dtype": "float32"},
-            "parallel": {
-                name: getattr(parallel, name) for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks")
-            },
+            "parallel": asdict(parallel),
             "data": {"train": "unused", "max_prompt_tokens": 8},
             "reward": {"name": "final_answer"},
             "rollout": {"max_response_tokens": 8, "prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES},

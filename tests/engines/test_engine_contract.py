@@ -337,6 +337,62 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
     on(served, body)
 
 
+def test_held_requests_go_on_under_the_new_weights(
+    served: Served, other: Any, original: Any, shared_memory: Path
+) -> None:
+    """Each token has the log-prob of the weights that its trajectory names; no request is lost or begun anew."""
+    models = {0: served.model, 1: other[0]}
+
+    async def body(engine: RolloutEngine) -> None:
+        first = await engine.version()
+        flying = [asyncio.create_task(engine.generate(p, training(max_tokens=200), "f")) for p in PROMPTS * 4]
+        held = []
+        for number, tensors in ((1, other[1]), (2, original), (3, other[1]), (4, original)):
+            await asyncio.sleep(0.1)
+            await engine.pause("keep")
+            held.append(sum(not task.done() for task in flying))
+            late = asyncio.create_task(engine.generate(PROMPTS[number], training(), "late"))
+            await asyncio.sleep(0.05)
+            assert not late.done()
+            await engine.begin_update(first + number, share(shared_memory, tensors, first + number).manifest)
+            with pytest.raises(EngineError, match="commit|pause refused"):
+                await engine.pause("wait")
+            await engine.commit()
+            assert (await late).policy_versions.min() >= first + number
+        trajectories = await asyncio.gather(*flying)
+        assert all(t.finish_reason in ("stop", "length") for t in trajectories)
+        mixed = [len(set(t.policy_versions.tolist())) for t in trajectories]
+        assert held[0] >= 8 and sum(n > 1 for n in mixed) >= 8 and max(mixed) > 2
+        for t in trajectories:
+            versions = t.policy_versions - first
+            assert (np.diff(versions) >= 0).all()
+            for parity, model in models.items():
+                here = versions % 2 == parity
+                expected = reference_logprobs(model, t, 1.0)[np.arange(t.response_length), t.response_ids]
+                np.testing.assert_allclose(t.rollout_logprobs[here], expected[here], atol=TOLERANCE, rtol=0)
+
+    on(served, body)
+
+
+def test_held_requests_end_with_an_update_that_fails(served: Served, original: Any, shared_memory: Path) -> None:
+    """Refused before the model is touched: they go on under the weights they had."""
+
+    async def body(engine: RolloutEngine) -> None:
+        version = await engine.version()
+        flying = [asyncio.create_task(engine.generate(p, training(max_tokens=100), "f")) for p in PROMPTS[:4]]
+        await asyncio.sleep(0.1)
+        await engine.pause("keep")
+        part = dict(list(original.items())[:5])
+        with pytest.raises(EngineError, match="got 5 tensors"):
+            await engine.begin_update(version + 1, share(shared_memory, part, version + 1).manifest)
+        await engine.abort_update()
+        trajectories = await asyncio.gather(*flying)
+        assert {int(v) for t in trajectories for v in t.policy_versions} == {version}
+        assert worst(trajectories, served.model) <= TOLERANCE
+
+    on(served, body)
+
+
 def test_pause_abort_ends_requests_with_what_they_have(served: Served) -> None:
     async def body(engine: RolloutEngine) -> None:
         await engine.capabilities()
