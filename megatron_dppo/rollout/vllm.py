@@ -205,8 +205,12 @@ class VllmEngine:
         if mode == "keep":
             self._held = True
             self._open.clear()
-            await self._pause_server(mode)
-            await self._count_tokens()
+            try:
+                await self._pause_server(mode)
+                await self._count_tokens()
+            except EngineError:
+                self._release()  # nobody waits for what may never go on
+                raise
             return
         if mode == "wait":
             await self._idle.wait()

@@ -303,6 +303,24 @@ def test_a_server_with_other_logprobs_is_refused(stub: Stub) -> None:
         ask(stub.url)
 
 
+def test_a_pause_that_fails_leaves_nobody_waiting(stub: Stub) -> None:
+    """The workers do not say how far the held requests are: later ones are refused, and go on after `resume`."""
+
+    async def main() -> None:
+        engine = VllmEngine(stub.url)
+        try:
+            with pytest.raises(EngineBadAnswer, match="mdppo_progress: got {}"):
+                await engine.pause("keep")
+            with pytest.raises(EngineError, match="generate refused: it is paused"):
+                await engine.generate([1, 2], SAMPLING, "r")
+            await engine.resume()
+            assert (await engine.generate([1, 2], SAMPLING, "r")).response_length
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_nobody_listens() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     before = time.monotonic()
