@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from uuid import uuid4
 
 import aiohttp
 from tenacity import (
@@ -98,7 +98,6 @@ class VllmEngine:
         self._state: State = "ready"
         self._in_flight = 0
         self._flights: dict[str, _Flight] = {}  # by the id that the server knows
-        self._numbers = itertools.count()
         self._held = False  # requests are kept in a paused server
         self._open = asyncio.Event()  # set when `generate` need not wait for held requests to go on
         self._open.set()
@@ -158,7 +157,7 @@ class VllmEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
         facts = await self.capabilities()
-        wire_id = f"{request_id}.{next(self._numbers)}"  # two samples may have the same id
+        wire_id = f"{request_id}.{uuid4().hex}"  # two samples, or another client's, may have the same id
         body = request_body(facts, prompt_ids, sampling, wire_id)
         await self._open.wait()
         async with self._flight(), self._slots:
