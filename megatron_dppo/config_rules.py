@@ -84,7 +84,7 @@ def _model_files(model: ModelConfig) -> Iterator[str]:
 def _quantised(model: ModelConfig) -> Iterator[str]:
     """The engine would keep the checkpoint's 8-bit weights, and get others."""
     path = model.path
-    method = _json(path / "config.json").get("quantization_config", {}).get("quant_method")
+    method = (_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
     if method is not None:
         yield (
             f"model.path: got weights quantised by {method} in {path}, expected bfloat16 or float32: convert them with "

@@ -34,6 +34,13 @@ def batch_key(step: int) -> str:
     return f"batch/{step}"
 
 
+def connect_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """Joins the store that another process serves at `host:port`."""
+    host, _, port = address.rpartition(":")
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+
+
 class ControlTimeout(RuntimeError):
     """A message did not come in time."""
 
@@ -54,9 +61,7 @@ class Control:
     @classmethod
     def connect(cls, address: str) -> Control:
         """Joins the store at `host:port`."""
-        host, _, port = address.rpartition(":")
-        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
-        return cls(address, dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False))
+        return cls(address, connect_store(address, CONNECT_TIMEOUT_S))
 
     def post(self, key: str, message: Mapping[str, Any]) -> None:
         """Leaves `message` (anything JSON can say) for everybody who waits for `key`."""

@@ -34,14 +34,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from megatron_dppo.architecture import load_architecture
+from megatron_dppo.control import connect_store
 from megatron_dppo.processes import free_port, start
 from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
-from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, header_bytes
-from megatron_dppo.weights.layout import Box, Parallel, megatron_layout
+from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, header_bytes, typed
+from megatron_dppo.weights.layout import Box, Parallel, megatron_layout, parameter_shapes
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import sync_plan
-from megatron_dppo.weights.transfer import MOST_OVERHEAD_BYTES, Sender, join_as_rank, messages
+from megatron_dppo.weights.transfer import MOST_OVERHEAD_BYTES, Sender, join_as_rank, messages, publish
 
 TRAINER = Parallel(tensor=2, expert=2, ranks=2)
 WORKERS = 2
@@ -89,11 +90,6 @@ def buckets_of(tensors: Mapping[str, TensorInfo], nbytes: int) -> Iterator[list[
     yield bucket
 
 
-def view(buffer: Tensor, start: int, info: TensorInfo) -> Tensor:
-    """A tensor in a buffer of bytes."""
-    return buffer[start : start + info.nbytes].view(info.dtype).view(info.shape)
-
-
 def write_model(path: Path, gib: float) -> None:
     """A model of about that size with the numbers of update 0, and a tokenizer that a server can load."""
     path.mkdir()
@@ -119,9 +115,7 @@ class Rank:
         arch = load_architecture(model)
         self.number, self.tensors = number, dict(HubFiles(model).tensors)
         self.pieces = [list(megatron_layout(arch, TRAINER, rank)) for rank in range(TRAINER.ranks)]
-        host, _, port = address.rpartition(":")
-        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
-        self.store, self.update = store, update
+        self.store, self.update = connect_store(address, TIMEOUT.total_seconds()), update
         self.plan = sync_plan(
             self.pieces, boxes, hub_dtypes(arch, "float32"), bucket_bytes=BUCKET_BYTES - OVERHEAD_BYTES
         )
@@ -132,12 +126,8 @@ class Rank:
 
     def fill(self, seed: int) -> None:
         """The numbers of update `seed`."""
-        extents: dict[str, list[int]] = {}
-        for piece in self.pieces[self.number]:
-            ends = [index.stop for index in piece.local_index]
-            extents[piece.param] = [max(a, b) for a, b in zip(ends, extents.get(piece.param, ends), strict=True)]
-        for name, extent in extents.items():
-            self.parameters.setdefault(name, torch.zeros(extent))
+        for name, shape in parameter_shapes(self.pieces[self.number]).items():
+            self.parameters.setdefault(name, torch.zeros(shape))
         last = ""
         for piece in sorted(self.pieces[self.number], key=lambda piece: piece.tensor):
             if piece.tensor != last:
@@ -166,7 +156,9 @@ class Rank:
         for bucket in buckets_of(self.tensors, BUCKET_BYTES):
             last, start = bucket[-1]
             buffer = torch.empty(start + self.tensors[last].nbytes, dtype=torch.uint8)
-            whole = {name: view(buffer, at, self.tensors[name]) for name, at in bucket}
+            whole = {
+                name: typed(buffer[at:], self.tensors[name].dtype, self.tensors[name].shape) for name, at in bucket
+            }
             sent = [piece for name, _ in bucket for piece in self.of_tensor[1].get(name, ())]
             sizes = [whole[piece.tensor][piece.hub_index].numel() for piece in sent]
             message = torch.empty(sum(sizes))
@@ -191,8 +183,7 @@ def rank_main(pipe: Connection, *arguments: Any) -> None:
     """Does what it is told until there is no more."""
     torch.set_num_threads(1)
     rank = Rank(*arguments)
-    share = rank.plan.select(src_rank=rank.number)
-    pipe.send((rank.plan.report(), len(share.bucket)))
+    pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
             way, *rest = pipe.recv()
@@ -249,13 +240,12 @@ def measure(gib: float, rounds: int, root: Path) -> dict[str, Any]:
         engine.post("/pause?mode=wait")
         answers = sorted(engine.ask("mdppo_boxes"), key=lambda answer: answer["worker"])
         boxes = [[Box(name, tuple(low), tuple(high)) for name, low, high in a["boxes"]] for a in answers]
-        store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         address = f"127.0.0.1:{store.port}"
         pieces = [list(megatron_layout(load_architecture(model), TRAINER, rank)) for rank in range(TRAINER.ranks)]
         dtypes = hub_dtypes(load_architecture(model), "float32")
         plan = sync_plan(pieces, boxes, dtypes, bucket_bytes=BUCKET_BYTES - OVERHEAD_BYTES)
-        for worker in range(WORKERS):
-            store.set(f"plan/{plan.digest()}/{worker}", plan.select(dst=worker).to_bytes())
+        publish(store, plan)
         update = GroupUpdate(1, address, plan.digest(), 1, TRAINER.ranks, timeout_s=TIMEOUT.total_seconds())
         context = mp.get_context("spawn")
         for number in range(TRAINER.ranks):

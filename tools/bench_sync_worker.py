@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_sync import TIMEOUT, buckets_of, numbers, view
+from bench_sync import TIMEOUT, buckets_of, numbers
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_dppo.control import connect_store
 from megatron_dppo.rollout import vllm_cpu
 from megatron_dppo.rollout.vllm_worker import WorkerExtension, answering
+from megatron_dppo.weights.hub_files import typed
 
 
 class BenchExtension(WorkerExtension):
@@ -22,8 +24,7 @@ class BenchExtension(WorkerExtension):
         """Takes whole tensors, broadcast by number 0 of a group, and of each what this worker keeps."""
         engine = self.weight_transfer_engine
         if not hasattr(self, "_bench_group"):
-            host, _, port = address.rpartition(":")
-            store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+            store = connect_store(address, TIMEOUT.total_seconds())
             size = engine.parallel_config.world_size + 1
             prefixed = dist.PrefixStore(name, store)
             self._bench_group: Any = dist.ProcessGroupGloo(prefixed, engine.worker + 1, size, TIMEOUT)
@@ -36,7 +37,7 @@ class BenchExtension(WorkerExtension):
             buffer = torch.empty(at + engine.tensors[last].nbytes, dtype=torch.uint8)
             self._bench_group.broadcast(buffer, 0).wait()
             for tensor, at in bucket:
-                whole = view(buffer, at, engine.tensors[tensor])
+                whole = typed(buffer[at:], engine.tensors[tensor].dtype, engine.tensors[tensor].shape)
                 for low, high in boxes.get(tensor, ()):
                     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
                     engine.reload.place(tensor, low, high, whole[box].contiguous())

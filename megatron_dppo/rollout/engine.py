@@ -159,9 +159,9 @@ class Manifest:
 class GroupUpdate:
     """A complete set of weights for an engine, sent to its workers by the trainer's ranks (`weights.transfer`).
 
-    The ranks must be sending, or about to, when `begin_update` is called. `store`: host:port of a TCPStore, which has
-    each worker's share of the plan under `plan/{digest}/{worker}`. Channels are named by `generation`, a number that
-    no earlier group of these engines has had: `{generation}/engine{i}`. Raises ValueError.
+    The ranks must be sending, or about to, when `begin_update` is called. `store`: host:port of a TCPStore, where
+    the plan of `digest` was published. Channels are named by `generation`, a number that no earlier group of these
+    engines has had: `{generation}/engine{i}`. Raises ValueError.
     """
 
     version: int

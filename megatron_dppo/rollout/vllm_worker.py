@@ -21,12 +21,10 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import vllm
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -36,14 +34,14 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
+from megatron_dppo.control import connect_store
 from megatron_dppo.rollout import vllm_cpu
 from megatron_dppo.rollout.engine import GroupUpdate, Manifest
 from megatron_dppo.rollout.vllm_reload import Reload
 from megatron_dppo.rollout.vllm_server import TRANSFER_BACKEND
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
-from megatron_dppo.weights.plan import Plan
-from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker
+from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker, published_share
 
 BACKEND = TRANSFER_BACKEND
 MOST_ENDED = 4096  # requests that are remembered after their end
@@ -185,10 +183,8 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
         key = (update.store, update.generation, update.digest, update.instance)
         if self._members is None or self._members[0] != key:
             self._members = None
-            host, _, port = update.store.rpartition(":")
-            timeout = timedelta(seconds=update.timeout_s)
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-            plan = Plan.from_bytes(store.get(f"plan/{update.digest}/{self.worker}"))
+            store = connect_store(update.store, update.timeout_s)
+            plan = published_share(store, update.digest, self.worker)
             check_share(plan, self.reload.boxes)
             device = CPU if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
             channels = join_as_worker(store, update, self.worker, len(plan.kept_bytes), device)

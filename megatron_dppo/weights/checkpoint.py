@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.weights.global_tensors import (
-    BLOCK_BYTES,
-    SCHEMES,
-    Block,
-    KeyScheme,
-    global_blocks,
-)
+from megatron_dppo.weights.global_tensors import BLOCK_BYTES, SCHEMES, Block, KeyScheme, global_blocks
 from megatron_dppo.weights.hub_files import INDEX_FILE, HubFiles, TensorInfo, typed
 from megatron_dppo.weights.mapping import hub_shapes, mtp_tensors
 from megatron_dppo.weights.torch_dist import COMPLETE_FILE, TorchDistFiles

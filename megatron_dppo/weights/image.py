@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from megatron_dppo.rollout.engine import Manifest
-from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.hub_files import TensorInfo, typed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_NAMES_SHOWN = 5
 
 
@@ -48,20 +47,22 @@ def map_tensors(manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError(f"weight update: got {manifest.path} of {size} bytes, expected {manifest.nbytes}")
     buffer = torch.from_file(manifest.path, shared=False, size=manifest.nbytes, dtype=torch.uint8)
     for name, dtype_name, shape, offset in manifest.tensors:
-        if dtype_name not in DTYPES:
-            raise ValueError(f"weight update: got dtype {dtype_name} for {name}, expected one of {sorted(DTYPES)}")
-        dtype = DTYPES[dtype_name]
+        dtype = getattr(torch, dtype_name)  # one of those that a manifest admits
         nbytes = math.prod(shape) * dtype.itemsize
         if offset % dtype.itemsize or offset + nbytes > manifest.nbytes:
             raise ValueError(f"weight update: {name} at {offset}+{nbytes} does not fit into {manifest.nbytes} bytes")
-        yield name, buffer[offset : offset + nbytes].view(dtype).view(shape)
+        yield name, typed(buffer[offset:], dtype, shape)
 
 
 def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """crc32 of each tensor's bytes; zlib releases the GIL, so large updates use all the worker's threads."""
-    arrays = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(zlib.crc32, arrays), strict=True))
+        return dict(zip(tensors, pool.map(crc32, tensors.values()), strict=True))
+
+
+def crc32(tensor: torch.Tensor) -> int:
+    """Of its bytes, on both sides of an update."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def shown(names: list[str]) -> str:

@@ -6,7 +6,7 @@ checking a layout all walk the same list of pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_dppo.architecture import Architecture
@@ -176,6 +176,15 @@ def megatron_layout(
                 expert = 0 if entry.expert is None else entry.expert - experts.start
                 name = entry.param.format(layer=(entry.layer or 0) - layers.start, expert=expert)
                 yield from _pieces(entry, prefix + name, parallel, at, computing_copy=_is_tied_head(entry, arch))
+
+
+def parameter_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape just large enough for its pieces: that of the parameter, but for padding behind the last."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in pieces:
+        ends = tuple(index.stop for index in piece.local_index)
+        shapes[piece.param] = tuple(map(max, shapes.get(piece.param, ends), ends))
+    return shapes
 
 
 def _is_tied_head(entry: Entry, arch: Architecture) -> bool:

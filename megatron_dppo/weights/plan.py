@@ -44,10 +44,10 @@ class Report:
     `sent_bytes` [trainer ranks] and `received_bytes` [workers of one instance, the same in each] of the hop from the
     trainer to an instance; the minimum of that hop is the bytes that the workers of an instance keep, and that of the
     hops between instances N - 1 times as much. `wire_over_minimum`: all bytes sent over all that must be.
-    `sender_staging_bytes`, `worker_staging_bytes`: the largest two buckets in a row; a rank that sends more
-    in them than a worker receives packs it in pieces. A message is what one rank sends
-    to one worker in one bucket and itemsize, of one or more parts. `sender_balance`: the busiest trainer rank over the
-    mean of all; `sender_balance_limit`: the least that who holds what permits.
+    `sender_staging_bytes`, `worker_staging_bytes`: the largest two buckets in a row; a rank that sends more in them
+    than a worker receives packs it in pieces. A message is what one rank sends to one worker in one bucket and
+    itemsize, of one or more parts. `sender_balance`: the busiest trainer rank over the mean of all;
+    `sender_balance_limit`: the least that who holds what permits.
     """
 
     sent_bytes: tuple[int, ...]
@@ -118,8 +118,7 @@ class Plan:
             kept &= self.src_rank == src_rank
         if dst is not None:
             kept &= self.dst == dst
-        columns = {f.name: getattr(self, f.name)[kept] for f in dataclasses.fields(self) if f.name in _COLUMNS}
-        return dataclasses.replace(self, num_buckets=self.num_buckets, **columns)
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in _COLUMNS})
 
     def to_bytes(self) -> bytes:
         """For another process; `from_bytes` there."""

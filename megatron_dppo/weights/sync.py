@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.weights.checkpoint import carry_description
+from megatron_dppo.weights.hub_files import typed
+from megatron_dppo.weights.image import crc32
 from megatron_dppo.weights.layout import Piece
 from megatron_dppo.weights.local import export_pieces
 
@@ -68,9 +69,7 @@ class SharedImage:
         self._bytes = torch.from_file(str(path), shared=True, size=self.layout.nbytes, dtype=torch.uint8)
         self.tensors: dict[str, Tensor] = {}
         for name, dtype_name, shape, offset in self.layout.tensors:
-            kind = getattr(torch, dtype_name)
-            nbytes = math.prod(shape) * kind.itemsize
-            self.tensors[name] = self._bytes[offset : offset + nbytes].view(kind).view(shape)
+            self.tensors[name] = typed(self._bytes[offset:], getattr(torch, dtype_name), shape)
 
     def write(self, parameters: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
         """Every rank calls this: copies the boxes it owns. The image is whole when it returns. One barrier."""
@@ -83,15 +82,11 @@ class SharedImage:
         Every rank calls this; each checks its share of the tensors. One object all-gather of integers.
         """
         world, rank = dist.get_world_size(), dist.get_rank()
-        mine = [_crc32(tensor) for tensor in list(self.tensors.values())[rank::world]]
+        mine = [crc32(tensor) for tensor in list(self.tensors.values())[rank::world]]
         shares: list[list[int]] = [[] for _ in range(world)]
         dist.all_gather_object(shares, mine)
-        crc32 = tuple(shares[i % world][i // world] for i in range(len(self.tensors)))
-        return Manifest(version, str(self.path), self.layout.tensors, self.layout.nbytes, crc32)
-
-
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        of_all = tuple(shares[i % world][i // world] for i in range(len(self.tensors)))
+        return Manifest(version, str(self.path), self.layout.tensors, self.layout.nbytes, of_all)
 
 
 def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:

@@ -180,6 +180,23 @@ def _engine(meeting: Meeting, instance: int) -> str:
     return f"{meeting.generation}/engine{instance}"
 
 
+def publish(store: dist.Store, plan: Plan) -> None:
+    """Leaves each worker's share of a plan in the store that the workers will join."""
+    digest = plan.digest()
+    for worker in range(len(plan.kept_bytes)):
+        share: Any = plan.select(dst=worker).to_bytes()  # bytes are taken, though the annotation says str
+        store.set(_share_key(digest, worker), share)
+
+
+def published_share(store: dist.Store, digest: str, worker: int) -> Plan:
+    """What `publish` left for a worker; waits for it."""
+    return Plan.from_bytes(store.get(_share_key(digest, worker)))
+
+
+def _share_key(digest: str, worker: int) -> str:
+    return f"plan/{digest}/{worker}"
+
+
 def check_share(plan: Plan, boxes: Iterable[tuple[str, Index, Index]]) -> None:
     """Raises ValueError unless a worker's share of a plan is what the worker keeps, every element of it once."""
     kept: dict[str, list[tuple[Index, Index]]] = {}

@@ -22,7 +22,7 @@ from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout
 from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import Plan, sync_plan
-from megatron_dppo.weights.transfer import Sender, join_as_rank
+from megatron_dppo.weights.transfer import Sender, join_as_rank, publish
 from tests.engines.conftest import Served, serving, share
 from tests.engines.test_engine_contract import PROMPTS, TOLERANCE, on, training, update, worst
 from tests.tiny_models import (
@@ -89,8 +89,7 @@ class Ranks:
         boxes = [[Box(name, tuple(start), tuple(stop)) for name, start, stop in a["boxes"]] for a in answers]
         plan = sync_plan(pieces, boxes, hub_dtypes(arch, "float32"), bucket_bytes=1 << 16)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for worker in range(len(boxes)):
-            store.set(f"plan/{plan.digest()}/{worker}", plan.select(dst=worker).to_bytes())
+        publish(store, plan)
         address = f"127.0.0.1:{store.port}"
         update = GroupUpdate(0, address, plan.digest(), generation, trainer.ranks, timeout_s=GROUP_TIMEOUT_S)
         return cls(store, plan, pieces, update)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights.checkpoint import check_tensors
 from megatron_dppo.weights.hub_files import HubFiles
-from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout
+from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.local import export_pieces, load_pieces
 from megatron_dppo.weights.mapping import hub_shapes
 from megatron_dppo.weights.sync import SharedImage, image_layout, save_checkpoint
@@ -42,13 +42,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def empty_parameters(pieces: list[Piece]) -> dict[str, torch.Tensor]:
-    """Parameters just large enough for their pieces."""
-    shapes: dict[str, list[int]] = {}
-    for piece in pieces:
-        ends = [index.stop for index in piece.local_index]
-        known = shapes.setdefault(piece.param, [0] * len(ends))
-        shapes[piece.param] = [max(a, b) for a, b in zip(known, ends, strict=True)]
-    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    return {name: torch.full(shape, torch.nan) for name, shape in parameter_shapes(pieces).items()}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from megatron_dppo.architecture import Architecture
 from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.weights import transfer
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
-from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout
+from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import Plan, sync_plan
 from megatron_dppo.weights.transfer import (
@@ -42,11 +42,7 @@ def hub_numbers(arch: Architecture, seed: int) -> dict[str, Tensor]:
 
 def parameters_of(pieces: list[Piece], hub: dict[str, Tensor]) -> dict[str, Tensor]:
     """A rank's parameters in fp32, whatever is sent."""
-    shapes: dict[str, list[int]] = {}
-    for piece in pieces:
-        ends = [index.stop for index in piece.local_index]
-        shapes[piece.param] = [max(a, b) for a, b in zip(ends, shapes.get(piece.param, ends), strict=True)]
-    parameters = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    parameters = {name: torch.zeros(shape) for name, shape in parameter_shapes(pieces).items()}
     for piece in pieces:
         parameters[piece.param][piece.local_index] = hub[piece.tensor][piece.hub_index]
     return parameters
