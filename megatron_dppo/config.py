@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_dppo.algorithm.objectives import Objective
 
 DType = Literal["float32", "bfloat16"]
+Transport = Literal["shm", "group", "disk"]
 MAX_TOP_K = 128  # entries an engine is asked for beside the sampled one; a reply grows with it
 
 
@@ -133,7 +134,10 @@ class RolloutConfig(Section):
     """Engines and sampling."""
 
     engine: Literal["vllm"] = "vllm"
-    urls: list[str] = []  # running servers; empty: this job starts one and ends it
+    urls: list[str] = []  # running servers; empty: this job starts `engines` of them and ends them
+    engines: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)  # tensor parallelism of each engine that this job starts
+    expert_parallel: bool = False  # whole experts on each of an engine's workers, not a slice of every one
     dtype: DType = "bfloat16"
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -147,6 +151,29 @@ class RolloutConfig(Section):
     start_timeout_s: float = Field(300.0, gt=0)
     kv_cache_gib: int = Field(1, ge=1)  # of an engine on the CPU
     log_topk: int = Field(0, ge=0, le=MAX_TOP_K)  # most probable tokens recorded for metrics alone
+
+
+class SyncConfig(Section):
+    """How new weights get to the engines.
+
+    `shm`: a file in shared memory, for engines on the trainer's machine. `group`: ranks send to workers, over NCCL or
+    gloo. `disk`: a file in `dir`. `auto`: group where an engine has GPUs of its own or another machine, else shm.
+    """
+
+    transport: Literal["auto"] | Transport = "auto"
+    dir: Path | None = None  # that all machines see; None: in run.dir
+    bucket_mib: float = Field(512, gt=0)  # of a group: what a worker receives at a time; twice that is staged
+    timeout_s: float = Field(120.0, gt=0)  # of a group: how long one side waits for the other
+    attempts: int = Field(3, ge=1)  # of an update, at engines that answer
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The bucket in bytes."""
+        return int(self.bucket_mib * (1 << 20))
+
+    def directory_of(self, run_dir: Path) -> Path:
+        """Where `disk` puts its files."""
+        return (self.dir or run_dir / "weights").absolute()
 
 
 class ObjectiveConfig(Section):
@@ -245,6 +272,7 @@ class Config(Section):
     data: DataConfig
     reward: RewardConfig
     rollout: RolloutConfig
+    sync: SyncConfig = SyncConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ObjectiveConfig,
         ParallelConfig,
         RolloutConfig,
+        SyncConfig,
         TrainingConfig,
     )
 
@@ -236,8 +237,34 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             yield f"rollout.urls: got {url!r}, expected an address such as http://127.0.0.1:8000"
-        elif parts.hostname not in LOCAL_HOSTS:
-            yield f"rollout.urls: got {url!r}, expected a server on this machine: weights travel through its memory"
+
+    if len(set(rollout.urls)) < len(rollout.urls):
+        yield "rollout.urls: got an address twice, expected each engine once"
+
+
+def _transport(rollout: RolloutConfig, sync: SyncConfig) -> Iterator[str]:
+    """Shared memory is one machine's."""
+    far = [url for url in rollout.urls if not is_local(url)]
+    if sync.transport == "shm" and far:
+        yield f"sync.transport: got shm, expected group or disk: {_few(far)} is on another machine"
+    if sync.transport == "disk" and far and sync.dir is None:
+        yield f"sync.dir: missing, {_few(far)} must see it too"
+
+
+def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
+    """An engine that this job starts can split the model."""
+    if rollout.urls:
+        for name in ("engines", "tensor", "expert_parallel"):
+            if (got := getattr(rollout, name)) != type(rollout).model_fields[name].default:
+                yield f"rollout.{name}: got {got}, which engines of rollout.urls do not heed"
+        return
+    tensor, heads = rollout.tensor, arch.num_attention_heads
+    if heads % tensor:
+        yield f"rollout.tensor: got {tensor}, expected a divisor of the model's {heads} attention heads"
+    if rollout.expert_parallel and (tensor == 1 or not arch.is_moe):
+        yield "rollout.expert_parallel: got true, expected false: there is nothing to divide" + (
+            " (rollout.tensor is 1)" if arch.is_moe else " (the model has no experts)"
+        )
 
 
 def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
@@ -357,6 +384,11 @@ def _top_k(objective: ObjectiveConfig, rollout: RolloutConfig, arch: Architectur
         yield f"rollout.log_topk: got {rollout.log_topk}, expected 0: {objective.name} records its own {top_k}"
 
 
+def is_local(url: str) -> bool:
+    """Whether an engine's address is of this machine."""
+    return urlsplit(url).hostname in LOCAL_HOSTS
+
+
 RULES = (
     _model_files,
     _quantised,
@@ -369,6 +401,8 @@ RULES = (
     _eval_prompts,
     _evaluation,
     _sampling,
+    _transport,
+    _engine_layout,
     _advantage_groups,
     _lengths,
     _micro_batch,

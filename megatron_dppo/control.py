@@ -6,6 +6,7 @@ a message says where they lie. No collective of the trainer ever waits for a rol
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,14 +25,24 @@ READY_KEY = "ready"  # client to launcher: what the engines say about themselves
 CONNECT_TIMEOUT_S = 60.0
 
 
-def weights_key(version: int) -> str:
-    """Trainer to client: weights of `version` lie in the shared image (a manifest)."""
-    return f"weights/{version}"
+def order_key(number: int) -> str:
+    """Client to trainer: what to do next (`Orders`)."""
+    return f"order/{number}"
 
 
-def batch_key(step: int) -> str:
-    """Client to trainer: the samples of `step`, or why there are no more."""
-    return f"batch/{step}"
+def reply_key(number: int) -> str:
+    """Rank 0 to client: how order `number` went."""
+    return f"reply/{number}"
+
+
+def engine_layout_key(digest: str) -> str:
+    """Client to trainer: the boxes that each worker of an engine keeps."""
+    return f"engine_layout/{digest}"
+
+
+def meeting_key(generation: int) -> str:
+    """Rank 0 to client: the digest of the plan by which the ranks of `generation` send weights."""
+    return f"meeting/{generation}"
 
 
 def connect_store(address: str, timeout_s: float) -> dist.TCPStore:
@@ -78,3 +89,28 @@ class Control:
         except dist.DistStoreError as error:
             raise ControlTimeout(f"waited {timeout_s:.0f} s for {key!r}, got nothing: {error}") from None
         return dict(json.loads(self._store.get(key)))
+
+
+class Orders:
+    """The client's orders to the ranks, one at a time, each done by all of them and answered by rank 0.
+
+    An order is {"do": "send" | "train" | "stop", ...}: ranks wait for nothing else, so that weights can be asked for
+    whenever an engine needs them.
+    """
+
+    def __init__(self, control: Control, timeout_s: float) -> None:
+        """`timeout_s`: how long a reply may take."""
+        self.control, self.timeout_s = control, timeout_s
+        self._given = self._answered = 0
+
+    def give(self, order: Mapping[str, Any]) -> None:
+        """Posts an order; the one before must have been answered."""
+        assert self._given == self._answered, "an order is under way"
+        self.control.post(order_key(self._given), order)
+        self._given += 1
+
+    async def reply(self) -> dict[str, Any]:
+        """Waits for the answer to the order that was given."""
+        message = await asyncio.to_thread(self.control.wait, reply_key(self._given - 1), self.timeout_s)
+        self._answered = self._given
+        return message

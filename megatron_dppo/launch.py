@@ -11,16 +11,19 @@ import fcntl
 import itertools
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, save_config
+from megatron_dppo.config_rules import is_local
 from megatron_dppo.control import (
     BACKEND_KEY,
     CONTROL_VARIABLE,
@@ -52,33 +55,9 @@ def launch(config: Config) -> None:
 def _run(config: Config) -> None:
     started = time.time()
     console = Console()
-    run_dir = config.run.dir
-    logs = run_dir / "logs"
-    resolved = run_dir / "resolved.yaml"
-    save_config(config, resolved)
-    with shared_directory(config.run.name) as shared, stop_on_exit() as children:  # memory goes after its writers
-        control = Control.serve(HOST)
-        env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
-        urls = list(config.rollout.urls)
-        if not urls:
-            url, engine = _start_engine(config, logs)
-            urls.append(url)
-            children.append(engine)
-        argv = [sys.executable, "-m", "megatron_dppo.trainer", str(resolved)]
-        children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
-        ranks = children[-config.parallel.ranks :]
-        console.print(
-            f"{config.run.name}: {len(ranks)} ranks, engine {', '.join(urls)}; logs in {logs}", highlight=False
-        )
-        if not config.rollout.urls:
-            wait_ready(urls[0], children, config.rollout.start_timeout_s)
-        argv = [sys.executable, "-m", "megatron_dppo.rollout.client", str(resolved)]
-        client = start(
-            "rollout client", argv, env={**env, ENGINE_URLS_VARIABLE: ",".join(urls)}, log_path=logs / "client.log"
-        )
-        children.append(client)
-        progress = Progress(run_dir / "metrics.jsonl", console)
-        unsaid = [BACKEND_KEY, READY_KEY]
+    metrics = config.run.dir / "metrics.jsonl"
+    with job(config, console, ranks=("megatron_dppo.trainer",), client=("megatron_dppo.rollout.client",)) as running:
+        control, progress, unsaid = running.control, Progress(metrics, console), [BACKEND_KEY, READY_KEY]
 
         def watch() -> None:
             for key in list(unsaid):
@@ -88,10 +67,54 @@ def _run(config: Config) -> None:
                         console.print(line, highlight=False, soft_wrap=True)
             progress()
 
-        supervise(children, until=[client, *ranks], watch=watch)
+        supervise(running.children, until=running.until, watch=watch)
         watch()
         engines = control.wait(READY_KEY, timeout_s=1.0)["engines"]
     _finish(config, engines, time.time() - started, console)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Processes that run; all of `children` must live until those of `until` have ended."""
+
+    control: Control
+    children: list[Child]
+    until: list[Child]
+
+
+@contextlib.contextmanager
+def job(config: Config, console: Console, *, ranks: Sequence[str], client: Sequence[str]) -> Iterator[Job]:
+    """Starts engines, ranks and, once the engines answer, the client; ends what is left of them with the block.
+
+    `ranks`, `client`: the module that they run and its arguments, to which the resolved config's path is added.
+    """
+    config = with_transport(config)
+    logs, resolved = config.run.dir / "logs", config.run.dir / "resolved.yaml"
+    save_config(config, resolved)
+    with shared_directory(config.run.name) as shared, stop_on_exit() as children:  # memory goes after its writers
+        control = Control.serve(HOST if all(map(is_local, config.rollout.urls)) else socket.gethostname())
+        env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
+        urls = list(config.rollout.urls)
+        if not urls:
+            for number in range(config.rollout.engines):
+                url, engine = _start_engine(config, number, logs)
+                urls.append(url)
+                children.append(engine)
+        engines = list(children)
+        argv = [sys.executable, "-m", *ranks, str(resolved)]
+        children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
+        started = children[len(engines) :]
+        console.print(
+            f"{config.run.name}: {len(started)} ranks, engine {', '.join(urls)}, weights by {config.sync.transport}; "
+            f"logs in {logs}",
+            highlight=False,
+        )
+        for url, engine in zip(urls, engines, strict=False):
+            wait_ready(url, engine, config.rollout.start_timeout_s, children)
+        argv = [sys.executable, "-m", *client, str(resolved)]
+        env[ENGINE_URLS_VARIABLE] = ",".join(urls)
+        children.append(start("rollout client", argv, env=env, log_path=logs / "client.log"))
+        yield Job(control, children, [children[-1], *started])
 
 
 def _introduction(message: Mapping[str, Any]) -> list[str]:
@@ -101,11 +124,26 @@ def _introduction(message: Mapping[str, Any]) -> list[str]:
     return [f"{path}: {prompts}" for path, prompts in message["prompts"].items()]
 
 
-def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
+def with_transport(config: Config) -> Config:
+    """The config with sync.transport decided."""
+    sync = config.sync
+    if sync.transport != "auto":
+        return config
+    far = not all(map(is_local, config.rollout.urls))
+    chosen = "group" if far or (not config.rollout.urls and _own_gpus(config)) else "shm"
+    return config.model_copy(update={"sync": sync.model_copy(update={"transport": chosen})})
+
+
+def _own_gpus(config: Config) -> bool:
+    """Whether there are GPUs for the engines beside the ranks'."""
     import torch
 
+    return torch.cuda.device_count() >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
+
+
+def _start_engine(config: Config, number: int, logs: Path) -> tuple[str, Child]:
     cpu, ranks = runs_on_cpu(), config.parallel.ranks
-    separate = torch.cuda.device_count() > ranks
+    separate = not cpu and _own_gpus(config)
     port = free_port()
     rollout = config.rollout
     argv = server_command(
@@ -114,15 +152,19 @@ def _start_engine(config: Config, logs: Path) -> tuple[str, Child]:
         cpu=cpu,
         dtype=rollout.dtype,
         max_logprobs=num_recorded_topk(config) + 1,  # the sampled token beside the K
+        tensor_parallel_size=rollout.tensor,
         gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY,
         max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
         max_num_seqs=rollout.max_concurrency,
+        extra=["--enable-expert-parallel"] if rollout.expert_parallel else [],
     )
     env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
-    if separate:
+    if separate:  # the first GPUs that no rank and no engine before has
+        gpus = range(ranks + number * rollout.tensor, ranks + (number + 1) * rollout.tensor)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ranks] if visible else str(ranks)  # the first no rank has
-    return f"http://{HOST}:{port}", start("engine", argv, env=env, log_path=logs / "engine.log")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[gpu] if visible else str(gpu) for gpu in gpus)
+    name = "engine" if rollout.engines == 1 else f"engine{number}"
+    return f"http://{HOST}:{port}", start(name, argv, env=env, log_path=logs / f"{name}.log")
 
 
 def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs: Path) -> Iterator[Child]:

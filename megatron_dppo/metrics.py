@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -149,6 +151,27 @@ def evaluation_row(step: int, metrics: Mapping[str, float]) -> str:
     """One line: held-out accuracies."""
     named = (("greedy", EVAL_GREEDY), ("sampled", EVAL_SAMPLED))
     return f"{step:5d} held-out accuracy: " + ", ".join(f"{n} {metrics[key]:.3f}" for n, key in named if key in metrics)
+
+
+class Laps:
+    """Seconds by phase, since the last restart."""
+
+    def __init__(self) -> None:
+        self._started = self._mark = time.perf_counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def end(self, phase: str) -> None:
+        """Counts the time since the last call as `phase`'s."""
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._mark
+        self._mark = now
+
+    def restart(self) -> dict[str, float]:
+        """What was counted, and the `total` since the last restart; from now on anew."""
+        found = {**self._seconds, "total": time.perf_counter() - self._started}
+        self._seconds.clear()
+        self._started = self._mark = time.perf_counter()
+        return found
 
 
 def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:

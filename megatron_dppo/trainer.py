@@ -1,15 +1,17 @@
 """The trainer: what every rank runs. Started by the launcher as `python -m megatron_dppo.trainer CONFIG`.
 
-Each step: wait for scored samples -> gradient steps on their minibatches -> new weights for the engines -> metrics.
+Each step: send the weights to the engines -> wait for scored samples -> gradient steps on their minibatches -> metrics.
+What comes next is the rollout client's to say, by an order (`control.Orders`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,56 +33,56 @@ from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
-from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of
-from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, batch_key, weights_key
+from megatron_dppo.config import Config, Transport, load_config, num_recorded_topk, objective_of
+from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, order_key, reply_key
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
 from megatron_dppo.head.policy_head import HeadMemory
-from megatron_dppo.metrics import MetricsWriter
+from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
-from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
-from megatron_dppo.weights.sync import SharedImage, save_checkpoint
+from megatron_dppo.weights.sync import FileSender, GroupSender, Held, WeightSender, save_checkpoint
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """One rank's model and optimizer, and where it finds samples and leaves weights."""
+    """One rank's model and optimizer, and the ways on which its weights leave."""
 
     config: Config
     control: Control
     model: Model
     optimizer: Optimizer
     objective: Objective
-    image: SharedImage
+    senders: Mapping[Transport, WeightSender]
 
     def run(self, writer: MetricsWriter | None) -> None:
-        """Trains until the client says that there are no more samples. `writer` on one rank only."""
-        step = 0
-        self._publish(version=0)
-        while True:
-            started = time.perf_counter()
-            message = self.control.wait(batch_key(step), self._patience_s(step))
-            waited = time.perf_counter() - started
-            if message["stop"] is not None:
-                _write(writer, step, message, {}, {"wait": waited})
+        """Does what the client orders until there are no more samples. `writer` on one rank only."""
+        step, laps = 0, Laps()
+        for number in itertools.count():
+            order = self.control.wait(order_key(number), self._patience_s(number))
+            laps.end("wait")
+            if order["do"] == "send":
+                reply = self.senders[order["transport"]].send(order)
+                laps.end("send")
+            elif order["do"] == "train":
+                trained = self._train_step(step, self._load(order))
+                laps.end("train")
+                _write(writer, step, order, trained, laps.restart())
+                step += 1
+                reply = {"version": step}
+            else:
+                _write(writer, step, order, {}, laps.restart())
                 return
-            minibatches = self._load(message)
-            trained = self._train_step(step, minibatches)
-            trained_at = time.perf_counter()
-            self._publish(version=step + 1)
-            ended = time.perf_counter()
-            seconds = {"wait": waited, "train": trained_at - started - waited, "publish": ended - trained_at}
-            _write(writer, step, message, trained, seconds | {"total": ended - started})
-            step += 1
+            if self.model.rank.rank == 0:
+                self.control.post(reply_key(number), reply)
 
-    def _patience_s(self, step: int) -> float:
-        """How long to wait for the samples of `step`; the first ones come only after the engine has started."""
-        start = self.config.rollout.start_timeout_s if step == 0 else 0.0
+    def _patience_s(self, number: int) -> float:
+        """How long to wait for an order; the first one comes only after the engine has started."""
+        start = self.config.rollout.start_timeout_s if number == 0 else 0.0
         return start + self.config.training.rollout_timeout_s
 
-    def _load(self, message: dict[str, Any]) -> list[list[MicroBatch]]:
+    def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
         """This replica's samples as minibatches of micro-batches."""
         replica = self.model.rank.at.data
-        samples = iter(load_batch(Path(message["files"][replica])))
+        samples = iter(load_batch(Path(order["files"][replica])))
         loss, num_topk = self.config.loss, num_recorded_topk(self.config)
         weights = LossWeights(loss.normaliser, loss.constant or 1)
         multiple = self.config.parallel.tensor
@@ -95,7 +97,7 @@ class Trainer:
                 )
                 for size in sizes
             ]
-            for sizes in message["micro_batch_sizes"][replica]
+            for sizes in order["micro_batch_sizes"][replica]
         ]
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
@@ -155,13 +157,6 @@ class Trainer:
 
         return coefficients
 
-    def _publish(self, version: int) -> None:
-        """Leaves the weights in the shared image and tells the client."""
-        self.image.write(self.model.weights, self.model.pieces)
-        manifest = self.image.manifest(version)
-        if self.model.rank.rank == 0:
-            self.control.post(weights_key(version), manifest.as_json())
-
 
 def _rollout_tokens(batch: MicroBatch, old: TokenStats | None, device: torch.device) -> RolloutTokens:
     topk = None if batch.mu_topk_logprob is None else torch.from_numpy(batch.mu_topk_logprob).to(device)
@@ -206,16 +201,16 @@ def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
 def _write(
     writer: MetricsWriter | None,
     step: int,
-    message: dict[str, Any],
+    order: dict[str, Any],
     trained: dict[str, float | str],
     seconds: dict[str, float],
 ) -> None:
     """One record: the client's numbers (of the weights before this step) and the trainer's."""
     if writer is None:
         return
-    record = dict(message.get("metrics", {})) | trained
-    record |= {f"eval/{name}": value for name, value in (message["evaluation"] or {}).items()}
-    record |= {f"seconds/{name}": value for name, value in {**message["seconds"], **seconds}.items()}
+    record = dict(order.get("metrics", {})) | trained
+    record |= {f"eval/{name}": value for name, value in (order["evaluation"] or {}).items()}
+    record |= {f"seconds/{name}": value for name, value in {**order["seconds"], **seconds}.items()}
     writer.write(step, record)
 
 
@@ -255,22 +250,30 @@ def main(config: Config) -> None:
         layers = "Transformer Engine" if transformer_engine_installed() else "torch"
         text = f"{model.device.type} over {communication_backend()}, layers of {layers}, Adam of {adam_package()}"
         control.post(BACKEND_KEY, {"text": text})
-    shared = Path(os.environ[SHARED_VARIABLE])
+    model = replace(model, chunks=optimizer.chunks)
     trainer = Trainer(
         config=config,
         control=control,
-        model=replace(model, chunks=optimizer.chunks),
+        model=model,
         optimizer=optimizer,
         objective=objective_of(config),
-        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),
+        senders=weight_senders(config, control, model.held),
     )
-    if rank.rank == 0:
-        with MetricsWriter(config.run.dir, tensorboard=config.logging.tensorboard) as writer:
-            trainer.run(writer)
-        save_checkpoint(trainer.image.tensors, config.model.path, config.run.dir / "model")
-    else:
-        trainer.run(None)
+    writer = MetricsWriter(config.run.dir, tensorboard=config.logging.tensorboard) if rank.rank == 0 else nullcontext()
+    with writer as opened:
+        trainer.run(opened)
+    save_checkpoint(model.held, config.model.path, config.run.dir / "model")
     finalise_parallel()
+
+
+def weight_senders(config: Config, control: Control, held: Held) -> dict[Transport, WeightSender]:
+    """A way for every transport that an order may name."""
+    sync = config.sync
+    return {
+        "shm": FileSender(held, Path(os.environ[SHARED_VARIABLE]), on_disk=False),
+        "disk": FileSender(held, sync.directory_of(config.run.dir), on_disk=True),
+        "group": GroupSender(held, control, bucket_bytes=sync.bucket_bytes, timeout_s=sync.timeout_s),
+    }
 
 
 if __name__ == "__main__":

@@ -187,10 +187,15 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
         ),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: got 1"),
         (["rollout.urls=[node1:8000]"], "rollout.urls: got 'node1:8000'"),
-        (
-            ["rollout.urls=[http://10.1.2.3:8000]"],
-            "rollout.urls: got 'http://10.1.2.3:8000', expected a server on this",
-        ),
+        (["rollout.urls=[http://10.1.2.3:8000]"], None),
+        (["rollout.urls=[http://127.0.0.1:8000, http://127.0.0.1:8000]"], "rollout.urls: got an address twice"),
+        (["rollout.urls=[http://10.1.2.3:8000]", "sync.transport=shm"], "sync.transport: got shm, expected group or"),
+        (["rollout.urls=[http://10.1.2.3:8000]", "sync.transport=disk"], "sync.dir: missing, http://10.1.2.3:8000"),
+        (["rollout.urls=[http://10.1.2.3:8000]", "sync.transport=disk", "sync.dir=/shared"], None),
+        (["rollout.urls=[http://10.1.2.3:8000]", "rollout.tensor=2"], "rollout.tensor: got 2, which engines of"),
+        (["rollout.tensor=3"], "rollout.tensor: got 3, expected a divisor of the model's"),
+        (["rollout.expert_parallel=true"], "rollout.expert_parallel: got true, expected false: there is nothing"),
+        (["rollout.expert_parallel=true", "rollout.tensor=2"], None),
         (
             ["objective.name=dppo_topk_tv", "objective.top_k=5", "rollout.log_topk=3"],
             "rollout.log_topk: got 3, expected 0",
@@ -248,6 +253,7 @@ def test_two_overrides_that_an_objective_does_not_use_are_both_named(recipe: dic
         ({"eos_token_id": None}, "config.json has no eos_token_id, expected the tokenizer's 14"),
         ({"num_experts": None}, "parallel.expert: got 2, expected 1: the model has no experts"),
         ({"quantization_config": {"quant_method": "fp8"}}, "got weights quantised by fp8 in"),
+        ({"quantization_config": None}, None),
         (LATENT, None),  # vLLM's list of head sizes is for the other attention
         (LATENT | {"moe_intermediate_size": 63}, "got 2, expected a divisor of the shared experts' width 63"),
         ({"num_attention_heads": None, "hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),

@@ -7,24 +7,24 @@ import time
 
 import pytest
 
-from megatron_dppo.control import Control, ControlTimeout, batch_key, weights_key
+from megatron_dppo.control import Control, ControlTimeout, order_key, reply_key
 
 
 def test_a_message_arrives_whoever_comes_first() -> None:
     server = Control.serve()
     client = Control.connect(server.address)
-    assert client.peek(batch_key(3)) is None
-    client.post(batch_key(3), {"files": ["a"], "stop": None, "wort": "größe"})
+    assert client.peek(order_key(3)) is None
+    client.post(order_key(3), {"files": ["a"], "stop": None, "wort": "größe"})
     assert (
-        server.peek(batch_key(3)) == server.wait(batch_key(3), 1.0) == {"files": ["a"], "stop": None, "wort": "größe"}
+        server.peek(order_key(3)) == server.wait(order_key(3), 1.0) == {"files": ["a"], "stop": None, "wort": "größe"}
     )
-    threading.Timer(0.2, lambda: server.post(weights_key(1), {"version": 1})).start()
-    assert client.wait(weights_key(1), 10.0) == {"version": 1}
+    threading.Timer(0.2, lambda: server.post(reply_key(1), {"version": 1})).start()
+    assert client.wait(reply_key(1), 10.0) == {"version": 1}
 
 
 def test_waiting_ends_at_the_deadline() -> None:
     server = Control.serve()
     before = time.monotonic()
-    with pytest.raises(ControlTimeout, match="waited 0 s for 'batch/7', got nothing"):
-        server.wait(batch_key(7), 0.3)
+    with pytest.raises(ControlTimeout, match="waited 0 s for 'order/7', got nothing"):
+        server.wait(order_key(7), 0.3)
     assert time.monotonic() - before < 5

@@ -235,7 +235,7 @@ def measure(gib: float, rounds: int, root: Path) -> dict[str, Any]:
     ranks: list[Any] = []
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_ready(url, [server], 600.0)
+        wait_ready(url, server, 600.0)
         engine = Engine(url)
         engine.post("/pause?mode=wait")
         answers = sorted(engine.ask("mdppo_boxes"), key=lambda answer: answer["worker"])

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dppo.control import SHARED_VARIABLE
 from megatron_dppo.data.addition import build_tokenizer, prompt_text, sample_problems, teacher, write_problems
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
-from megatron_dppo.launch import shared_directory, start_ranks
+from megatron_dppo.launch import start_ranks
 from megatron_dppo.processes import stop_on_exit, supervise
 from megatron_dppo.rollout.trajectory import Scored, Trajectory
 from megatron_dppo.weights.layout import Parallel
@@ -98,8 +97,7 @@ def train_rank(model_path: Path, seed: int) -> None:
     from megatron_dppo.backend.optimizer import AdamSettings, Optimizer
     from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
     from megatron_dppo.backend.step import loss_pass
-    from megatron_dppo.weights.mapping import hub_shapes
-    from megatron_dppo.weights.sync import SharedImage, save_checkpoint
+    from megatron_dppo.weights.sync import save_checkpoint
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -124,10 +122,7 @@ def train_rank(model_path: Path, seed: int) -> None:
         optimizer.step(watch={"the loss": sums["loss"]})
         if rank.rank == 0 and (iteration + 1) % 100 == 0:
             print(f"iteration {iteration + 1}: loss {float(sums['loss'] / sums['count']):.4f}", flush=True)
-    image = SharedImage(Path(os.environ[SHARED_VARIABLE]) / "weights", hub_shapes(model.arch), torch.float32)
-    image.write(model.weights, model.pieces)
-    if rank.rank == 0:
-        save_checkpoint(image.tensors, model_path, model_path)
+    save_checkpoint(model.held, model_path, model_path)
     finalise_parallel()
 
 
@@ -142,10 +137,9 @@ def make_input(out: Path, seed: int) -> None:
     write_problems(beside / "heldout.jsonl", sample_problems(rng, NUM_HELD_OUT, held_out=True))
     write_initial_model(beside / "model", seed)
     print(f"warm start: {ITERATIONS} iterations of supervised training on {PARALLEL.ranks} ranks", flush=True)
-    with shared_directory("warm-start") as shared, stop_on_exit() as children:
+    with stop_on_exit() as children:
         argv = [sys.executable, __file__, str(beside), "--seed", str(seed), "--rank"]
-        env = {**os.environ, SHARED_VARIABLE: str(shared)}
-        children.extend(start_ranks(argv, PARALLEL.ranks, env=env, logs=beside / "logs"))
+        children.extend(start_ranks(argv, PARALLEL.ranks, env=os.environ, logs=beside / "logs"))
         supervise(children, until=children)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)

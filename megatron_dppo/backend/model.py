@@ -6,7 +6,7 @@ The model ends at the hidden states before the output layer (see `layers.HiddenS
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from megatron_dppo.weights.layout import (
     padded_vocab_size,
 )
 from megatron_dppo.weights.local import load_pieces
+from megatron_dppo.weights.sync import Held
 
 
 def transformer_config(
@@ -262,9 +263,26 @@ class Model:
             return last.shared_embedding_or_output_weight()
         return last.output_layer.weight
 
+    @property
+    def held(self) -> Held:
+        """The weights for those who take them away: engines and files."""
+        parallel = self.rank.parallel
+
+        def pieces_of(rank: int) -> Iterable[Piece]:
+            return self.pieces if rank == self.rank.rank else layout_of(self.arch, parallel, rank)
+
+        dtype = self.config.params_dtype
+        return Held(self.arch, self.rank.rank, parallel.ranks, self.weights, pieces_of, dtype, self.device)
+
     def shard(self, weight: Tensor) -> VocabShard:
         """This TP rank's rows of the head."""
         return VocabShard(self.rank.at.tensor * weight.shape[0], self.arch.vocab_size, self.rank.tensor_group)
+
+
+def layout_of(arch: Architecture, parallel: Parallel, rank: int) -> Iterator[Piece]:
+    """What a rank holds, by the parameters' names in the layers that this process builds."""
+    fused = transformer_engine_installed()
+    return megatron_layout(arch, parallel, rank, transformer_engine=fused, grouped_experts=fused)
 
 
 def load_model(
@@ -286,8 +304,7 @@ def load_model(
         message = "%s: %d tensors are left out, %s first: neither trained nor exported"
         logging.getLogger(__name__).warning(message, path, len(skipped), skipped[0])
     chunks = build_chunks(arch, rank, dtype, sequence_parallel)
-    fused = transformer_engine_installed()
-    pieces = tuple(megatron_layout(arch, rank.parallel, rank.rank, transformer_engine=fused, grouped_experts=fused))
+    pieces = tuple(layout_of(arch, rank.parallel, rank.rank))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     model = Model(rank, chunks, chunks[0].config, arch, pieces, device, temperature, head_memory)
     load_pieces(model.weights, pieces, files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -28,13 +29,13 @@ from megatron_dppo.control import (
     READY_KEY,
     SHARED_VARIABLE,
     Control,
-    batch_key,
-    weights_key,
+    Orders,
 )
 from megatron_dppo.data.packing import Plan, plan_step
 from megatron_dppo.data.prompts import Prompt, PromptSet, batch_indices, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, Reward, make_reward
-from megatron_dppo.rollout.engine import Capabilities, Manifest, RolloutEngine, Sampling
+from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
+from megatron_dppo.rollout.fleet import Fleet, Request
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
 
@@ -46,8 +47,8 @@ class Client:
     """What the client knows for the whole run."""
 
     config: Config
-    control: Control
-    engines: Sequence[RolloutEngine]
+    orders: Orders
+    fleet: Fleet
     shared: Path
     tokenizer: Any
     train: Sequence[Prompt]
@@ -56,7 +57,7 @@ class Client:
     seconds: dict[str, float] = field(default_factory=dict)  # of the step at hand, by phase
 
     async def run(self) -> None:
-        """All steps. Training ends with a message that says why instead of samples."""
+        """All steps. Training ends with an order that says why instead of samples."""
         steps = self.config.training.steps
         for step in range(steps + 1):
             self.seconds = {}
@@ -64,28 +65,22 @@ class Client:
             await self._update_engines(step)
             evaluation = await self._evaluate(step)
             stop = self._reason_to_stop(step, evaluation)
-            message: dict[str, Any] = {"evaluation": evaluation, "stop": stop}
+            order: dict[str, Any] = {"do": "train" if stop is None else "stop", "stop": stop, "evaluation": evaluation}
             if stop is None:
-                message |= await self._roll_out(step)
-            self.control.post(batch_key(step), message | {"seconds": self.seconds})
+                order |= await self._roll_out(step)
+            self.orders.give(order | {"seconds": self.seconds})
             if stop is not None:
                 return
 
     async def _update_engines(self, version: int) -> None:
-        """Waits for the trainer's weights and puts them in use; on return every engine answers with `version`."""
-        with _timed(self.seconds, "wait_for_trainer"):
-            timeout_s = self.config.training.rollout_timeout_s
-            message = await asyncio.to_thread(self.control.wait, weights_key(version), timeout_s)
+        """Waits for the trainer to have `version`; on return every engine answers with it."""
+        if version > 0:
+            with _timed(self.seconds, "wait_for_trainer"):
+                await self.orders.reply()
         for path in self.shared.glob("batch-*"):  # the ranks are done with them
             path.unlink()
         with _timed(self.seconds, "update_engines"):
-            manifest = Manifest.from_json(message)
-            await asyncio.gather(*(self._update(engine, version, manifest) for engine in self.engines))
-
-    async def _update(self, engine: RolloutEngine, version: int, manifest: Manifest) -> None:
-        await engine.pause("wait")
-        await engine.begin_update(version, manifest)
-        await engine.commit()  # asks the engine for its version, too
+            await self.fleet.update(version)
 
     async def _evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out accuracy where it is due: before, after, and every so many steps."""
@@ -103,8 +98,8 @@ class Client:
         return result
 
     async def _accuracy(self, sampling: Sampling, name: str) -> float:
-        answers = await asyncio.gather(
-            *(self._sample(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(self.held_out))
+        answers = await self.fleet.sample(
+            [self._request(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(self.held_out)]
         )
         scores = await self._score(answers, self.held_out)
         return float(np.mean([score.get("accuracy", score["reward"]) for score in scores]))
@@ -132,25 +127,23 @@ class Client:
             top_k=settings.top_k,
         )
         with _timed(self.seconds, "generate"):
-            trajectories = await asyncio.gather(
-                *(
-                    self._sample(prompt, sampling, f"{step}-{i}", f"{step}-{groups[i]}", int(groups[i]))
+            trajectories = await self.fleet.sample(
+                [
+                    self._request(prompt, sampling, f"{step}-{i}", f"{step}-{groups[i]}", int(groups[i]))
                     for i, prompt in enumerate(prompts)
-                )
+                ]
             )
         with _timed(self.seconds, "score"):
             scores = await self._score(trajectories, prompts)
             samples = with_advantages(trajectories, scores, groups, self.config.advantage.normalise)
         with _timed(self.seconds, "pack"):
             placed = place_batch(self.shared, step, samples, groups, self.config)
-        return placed | {"metrics": _batch_metrics(trajectories, scores)}
+        return placed | {"metrics": _batch_metrics(trajectories, scores) | {"engines": len(self.fleet.living)}}
 
-    async def _sample(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Trajectory:
-        """One response. Groups stay on one engine, where they share the prompt's cache."""
-        seed = np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED)
-        engine = self.engines[spread % len(self.engines)]
-        seeded = replace(sampling, seed=int(seed))
-        return await engine.generate(prompt.token_ids.tolist(), seeded, name, group_id=group)
+    def _request(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Request:
+        """One response, with a seed of its own."""
+        seed = int(np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED))
+        return Request(prompt.token_ids.tolist(), replace(sampling, seed=seed), name, group, spread)
 
     async def _score(self, answers: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
         texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
@@ -232,21 +225,9 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
         raise ValueError(f"engine {url}: got {'; '.join(faults)}")
 
 
-async def main(config: Config) -> None:
-    """Connects to what the environment names and runs."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    data, rollout = config.data, config.rollout
-
-    def prompts(path: Path, limit: int | None) -> PromptSet:
-        return load_prompts(
-            path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
-            answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
-        )  # fmt: skip
-
-    reward = make_reward(config.reward)
-    urls = os.environ[ENGINE_URLS_VARIABLE].split(",")
+async def connect_engines(config: Config) -> tuple[list[VllmEngine], list[Capabilities]]:
+    """Clients of the engines that the environment names, and what those say; raises ValueError for one unfit."""
+    rollout, urls = config.rollout, os.environ[ENGINE_URLS_VARIABLE].split(",")
     engines = [
         VllmEngine(
             url,
@@ -257,11 +238,49 @@ async def main(config: Config) -> None:
         for url in urls
     ]
     try:
-        control = Control.connect(os.environ[CONTROL_VARIABLE])
         found = [await engine.capabilities() for engine in engines]
         for url, capabilities in zip(urls, found, strict=True):
             print(f"{url}: {capabilities}", flush=True)
             check_engine(url, capabilities, config)
+    except BaseException:
+        for engine in engines:
+            await engine.close()
+        raise
+    return engines, found
+
+
+def fleet_of(config: Config, engines: Sequence[RolloutEngine], orders: Orders, *, fingerprints: bool = False) -> Fleet:
+    """The engines as the config wants them kept up to date."""
+    assert config.sync.transport != "auto", "the launcher decides"
+    return Fleet(
+        engines,
+        orders,
+        transport=config.sync.transport,
+        attempts=config.sync.attempts,
+        patience_s=config.rollout.start_timeout_s,
+        check=functools.partial(check_engine, config=config),
+        fingerprints=fingerprints,
+    )
+
+
+async def main(config: Config) -> None:
+    """Connects to what the environment names and runs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    data = config.data
+
+    def prompts(path: Path, limit: int | None) -> PromptSet:
+        return load_prompts(
+            path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
+            answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
+        )  # fmt: skip
+
+    control = Control.connect(os.environ[CONTROL_VARIABLE])
+    orders = Orders(control, config.training.rollout_timeout_s)
+    engines, found = await connect_engines(config)
+    reward = make_reward(config.reward)
+    try:
         train = prompts(data.train, None)
         held_out = prompts(data.eval, config.evaluation.prompts) if data.eval else None
         taken = {f"training, {data.train}": train.describe()}
@@ -270,8 +289,8 @@ async def main(config: Config) -> None:
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         client = Client(
             config=config,
-            control=control,
-            engines=engines,
+            orders=orders,
+            fleet=fleet_of(config, engines, orders),
             shared=Path(os.environ[SHARED_VARIABLE]),
             tokenizer=tokenizer,
             train=train.prompts,

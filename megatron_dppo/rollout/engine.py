@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from megatron_dppo.rollout.trajectory import Trajectory
+from megatron_dppo.weights.layout import Box
 
 PauseMode = Literal["wait", "abort", "keep"]
 UPDATE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes an element
@@ -31,6 +32,14 @@ class EngineUnreachable(EngineError):
 
 class EngineBadAnswer(EngineError):
     """The engine answered something that cannot be right (wrong vocabulary, missing log-probs, no JSON)."""
+
+
+class EngineNotReady(EngineError):
+    """The engine takes no prompts now: it is paused, being updated, or without usable weights."""
+
+
+class EngineRestarted(EngineError):
+    """The engine has other weights than those it was given: it was restarted, or another client updated it."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A complete set of weights for an engine, lying in one file in shared memory (on Linux, under /dev/shm).
+    """A complete set of weights for an engine, lying in one file: in shared memory, or on a disk that it sees too.
 
     `tensors` holds (name, dtype, shape, offset in bytes) under the names of the hub's files, one tensor an
     expert (`model.layers.0.mlp.experts.3.gate_proj.weight`). The file must not change before `commit` or
     `abort_update`. `crc32`, in the order of `tensors`, lets the engine refuse a damaged file. Raises
-    ValueError.
+    ValueError. With `fingerprints` the engine can be asked for `checksum` afterwards.
     """
 
     version: int
@@ -117,11 +126,12 @@ class Manifest:
     tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]
     nbytes: int
     crc32: tuple[int, ...] | None = None
-    transport: Literal["shm"] = "shm"
+    fingerprints: bool = False
+    transport: Literal["file"] = "file"
 
     def __post_init__(self) -> None:
-        if self.transport != "shm":
-            raise ValueError(f"manifest: got transport {self.transport!r}, expected 'shm'")
+        if self.transport != "file":
+            raise ValueError(f"manifest: got transport {self.transport!r}, expected 'file'")
         if self.version < 0:
             raise ValueError(f"manifest: got version {self.version}, expected >= 0")
         if not self.path.startswith("/"):
@@ -172,6 +182,7 @@ class GroupUpdate:
     instance: int = 0  # which of the `instances` engines this one is
     instances: int = 1
     timeout_s: float = 120.0
+    fingerprints: bool = False
     transport: Literal["group"] = "group"
 
     def __post_init__(self) -> None:
@@ -195,6 +206,8 @@ class RolloutEngine(Protocol):
     `begin_update` and `commit`, and while paused, `generate` is refused. `commit` resumes. All methods raise
     EngineUnreachable when the engine cannot be reached and EngineBadAnswer when its answer cannot be right.
     """
+
+    url: str
 
     async def capabilities(self) -> Capabilities:
         """Facts about the engine, probed once."""
@@ -246,8 +259,19 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def checksum(self, names: Sequence[str]) -> dict[str, int]:
-        """crc32 of the named tensors (all, for none) as received in the last committed update."""
+    async def layout(self) -> list[list[Box]]:
+        """The boxes of hub tensors that each worker keeps."""
+        ...
+
+    async def checksum(self) -> dict[str, int]:
+        """`weights.fingerprint` of every tensor as its workers received it in the last committed update.
+
+        Raises EngineError unless that update asked for `fingerprints`, or where workers disagree on what they share.
+        """
+        ...
+
+    async def rejoin(self) -> None:
+        """Looks at the engine anew, after it was restarted: what it knows, and which weights it has now."""
         ...
 
     async def version(self) -> int:
@@ -255,7 +279,7 @@ class RolloutEngine(Protocol):
         ...
 
     async def health(self) -> None:
-        """Raise EngineError unless the engine answers, with the version this client knows."""
+        """Raise EngineError unless the engine answers; EngineRestarted unless it has the weights this client knows."""
         ...
 
     async def close(self) -> None:

@@ -33,6 +33,8 @@ from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineBadAnswer,
     EngineError,
+    EngineNotReady,
+    EngineRestarted,
     EngineUnreachable,
     PauseMode,
     Sampling,
@@ -40,6 +42,8 @@ from megatron_dppo.rollout.engine import (
 )
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.vllm_answer import parse_answer, request_body
+from megatron_dppo.weights.fingerprint import MODULUS
+from megatron_dppo.weights.layout import Box
 
 State = Literal["ready", "paused", "updating", "unusable"]
 GENERATE = "/inference/v1/generate"
@@ -94,6 +98,7 @@ class VllmEngine:
         self._probing = asyncio.Lock()
         self._capabilities: Capabilities | None = None
         self._version = 0  # of the weights in use, as this client knows; asked from the engine by the probe
+        self._updates = 0  # that the engine has taken since its start: tells one that was restarted
         self._staged_version: int | None = None
         self._state: State = "ready"
         self._in_flight = 0
@@ -116,7 +121,7 @@ class VllmEngine:
                         f"got logprobs_mode {facts['logprobs_mode']}, expected processed_logprobs (those at "
                         "the sampling temperature); start the server with vllm_server.server_command",
                     )
-                self._version = await self.version()
+                self._version, self._updates = await self._weights()
                 if self._version < 0:
                     self._state = "unusable"
                 self._capabilities = Capabilities(
@@ -132,23 +137,50 @@ class VllmEngine:
             return self._capabilities
 
     async def version(self) -> int:
-        return int((await self._ask_workers("mdppo_version"))["version"])
+        return (await self._weights())[0]
 
-    async def checksum(self, names: Sequence[str]) -> dict[str, int]:
-        return {str(name): int(crc) for name, crc in (await self._ask_workers("mdppo_checksum", list(names))).items()}
+    async def _weights(self) -> tuple[int, int]:
+        answer = await self._ask_workers("mdppo_version")
+        return int(answer["version"]), int(answer["updates"])
+
+    async def layout(self) -> list[list[Box]]:
+        answers = await self._ask_each_worker("mdppo_boxes")
+        answers.sort(key=lambda answer: int(answer["worker"]))
+        return [[Box(name, tuple(start), tuple(stop)) for name, start, stop in a["boxes"]] for a in answers]
+
+    async def checksum(self) -> dict[str, int]:
+        answers = await self._ask_each_worker("mdppo_fingerprints")
+        answers.sort(key=lambda answer: int(answer["worker"]))
+        found: dict[str, dict[tuple[Box, ...], int]] = {}
+        for boxes, answer in zip(await self.layout(), answers, strict=True):
+            kept: dict[str, list[Box]] = {}
+            for box in boxes:
+                kept.setdefault(box.tensor, []).append(box)
+            for name, value in answer["fingerprints"].items():
+                same = found.setdefault(name, {})
+                if same.setdefault(tuple(kept[name]), value) != value:
+                    raise EngineError(
+                        self.url, f"checksum: workers that keep the same of {name} received other numbers"
+                    )
+        return {name: sum(of_boxes.values()) % MODULUS for name, of_boxes in found.items()}
 
     async def health(self) -> None:
         await self.capabilities()
         await self._retrying("GET", "/health", parse=False)
         await self._check_version()
 
+    async def rejoin(self) -> None:
+        self._capabilities, self._staged_version, self._state = None, None, "ready"
+        self._release()
+        await self.capabilities()
+
     async def _check_version(self) -> None:
-        found = await self.version()
-        if found != self._version:
-            raise EngineError(
+        version, updates = await self._weights()
+        if (version, updates) != (self._version, self._updates):
+            raise EngineRestarted(
                 self.url,
-                f"got weights of version {found}, expected {self._version}: it was restarted or "
-                "another client updated it; send it the current weights",
+                f"got weights of version {version} ({updates} updates since its start), expected {self._version} "
+                f"({self._updates}): it was restarted or another client updated it; send it the current weights",
             )
 
     # ---- sampling ----
@@ -190,7 +222,7 @@ class VllmEngine:
             "unusable": "its weights are unusable after a failed update, expected a full update first",
         }
         if self._state != "ready":
-            raise EngineError(self.url, f"generate refused: {why[self._state]}")
+            raise EngineNotReady(self.url, f"generate refused: {why[self._state]}")
 
     async def pause(self, mode: PauseMode) -> None:
         if mode not in get_args(PauseMode):
@@ -277,7 +309,7 @@ class VllmEngine:
         self._state = "unusable"  # until all of this has succeeded
         await self._once("POST", "/finish_weight_update", {"weight_version": str(version)})
         await self._ask_workers("mdppo_fault")
-        found = await self.version()
+        found, updates = await self._weights()
         if found != version:
             raise EngineError(self.url, f"commit: the workers report version {found}, expected {version}")
         if (await self._once("POST", "/reset_prefix_cache")).get("success") is not True:
@@ -287,7 +319,7 @@ class VllmEngine:
         for flight in self._flights.values():
             flight.spans.append((flight.tokens, version))
         await self._once("POST", "/resume")
-        self._version, self._state = version, "ready"
+        self._version, self._updates, self._state = version, updates, "ready"
         self._release()
 
     async def abort_update(self) -> None:
@@ -312,15 +344,19 @@ class VllmEngine:
 
     async def _ask_workers(self, method: str, *args: Any) -> dict[str, Any]:
         """Call a method of the worker extension; all workers must answer the same."""
+        results = await self._ask_each_worker(method, *args)
+        if any(result != results[0] for result in results):
+            raise EngineError(self.url, f"{method}: its workers disagree: {results!r:.{MESSAGE_CHARS}}")
+        return results[0]
+
+    async def _ask_each_worker(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answer = await self._retrying("POST", "/collective_rpc", {"method": method, "args": list(args)})
         results = answer.get("results")
         if not isinstance(results, list) or not results or not isinstance(results[0], dict):
             raise EngineBadAnswer(self.url, f"{method}: got {answer!r:.200}, expected one result a worker")
         if errors := sorted({str(result["error"]) for result in results if "error" in result}):
             raise EngineError(self.url, f"{method}: {'; '.join(errors):.{MESSAGE_CHARS}}")
-        if any(result != results[0] for result in results):
-            raise EngineError(self.url, f"{method}: its workers disagree: {results!r:.{MESSAGE_CHARS}}")
-        return results[0]
+        return results
 
     async def _once(
         self, verb: str, path: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None

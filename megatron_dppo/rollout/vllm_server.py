@@ -17,7 +17,7 @@ from megatron_dppo.processes import Child
 from megatron_dppo.rollout.engine import EngineUnreachable
 
 WORKER_EXTENSION = "megatron_dppo.rollout.vllm_worker.WorkerExtension"
-TRANSFER_BACKEND = "megatron_dppo_shm"  # of `vllm_worker`
+TRANSFER_BACKEND = "megatron_dppo"  # of `vllm_worker`
 CPU_BLOCK_SIZE = 32  # CPU blocks are multiples of 32
 # The engine core and its one worker in one process. As two, each spins on sched_yield while the other works, and on a
 # small machine takes the processor from everybody else: sampling on two cores took twice as long.
@@ -110,17 +110,17 @@ def runs_on_cpu() -> bool:
         return False
 
 
-def wait_ready(url: str, children: Sequence[Child], deadline_s: float) -> None:
+def wait_ready(url: str, server: Child, deadline_s: float, others: Sequence[Child] = ()) -> None:
     """Block until the server at `url` answers its health route (23 to 35 s on a small CPU machine).
 
-    children: the server, and those who wait for it. Raises ChildDied with the end of its log as soon as one of them
+    others: who wait with it. Raises ChildDied with the end of its log as soon as one of them
     ends, EngineUnreachable after `deadline_s` seconds.
     """
-    server, give_up = children[0], time.monotonic() + deadline_s
+    give_up = time.monotonic() + deadline_s
     last = "nothing yet"
     with httpx.Client(timeout=5.0, trust_env=False) as http:
         while time.monotonic() < give_up:
-            for child in children:
+            for child in (server, *others):
                 if child.poll() is not None:
                     raise child.died()
             try:

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker processes: weights come in through shared memory, facts about the engine go out.
+"""Runs inside vLLM's worker processes: weights come in, from a file or over a group; facts about the engine go out.
 
 With `vllm_reload` and `vllm_cpu`, which it uses, the only module of the project that imports vLLM. The server loads it
 as `worker_extension_cls` (`vllm_server.server_command`): importing it registers the weight-transfer backend, and
@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,10 @@ from megatron_dppo.rollout import vllm_cpu
 from megatron_dppo.rollout.engine import GroupUpdate, Manifest
 from megatron_dppo.rollout.vllm_reload import Reload
 from megatron_dppo.rollout.vllm_server import TRANSFER_BACKEND
+from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
-from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker, published_share
+from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
 
 BACKEND = TRANSFER_BACKEND
 MOST_ENDED = 4096  # requests that are remembered after their end
@@ -56,10 +58,10 @@ class Init(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """One complete set of weights: in a file of shared memory, or sent over a group; the fields of `engine.Update`."""
+    """One complete set of weights: in a file, or sent over a group; the fields of `engine.Update`."""
 
     version: int
-    shm: dict[str, Any] | None = None
+    file: dict[str, Any] | None = None
     group: dict[str, Any] | None = None
 
 
@@ -69,7 +71,6 @@ class Staged:
 
     version: int
     tensors: dict[str, torch.Tensor]
-    crc32: dict[str, int]
 
 
 Method = Callable[..., dict[str, Any]]
@@ -97,7 +98,8 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.version = 0  # the weights that the engine was started with
-        self.crc32: dict[str, int] = {}  # of the tensors of the last applied update
+        self.updates = 0  # that were applied
+        self.fingerprints: Counter[str] | None = None  # of what the last update brought to this worker, where asked for
         self.staged: Staged | None = None
         self.fault: dict[str, Any] = {}  # of the last call
         self._members: tuple[tuple[Any, ...], Receiver] | None = None
@@ -142,13 +144,17 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
         group do not come or are damaged, with the weights unusable."""
         if self.staged is not None:
             raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
-        if update_info.shm is not None:
-            self.staged = self._stage(Manifest.from_json(update_info.shm))
+        if update_info.file is not None:
+            manifest = Manifest.from_json(update_info.file)
+            self.staged = self._stage(manifest)
+            self.fingerprints = Counter() if manifest.fingerprints else None
         elif update_info.group is not None:
-            self._take(GroupUpdate(**update_info.group))
-            self.staged = Staged(update_info.version, {}, {})
+            update = GroupUpdate(**update_info.group)
+            self.fingerprints = Counter() if update.fingerprints else None
+            self._take(update)
+            self.staged = Staged(update_info.version, {})
         else:
-            raise ValueError(f"weight update: got neither shm nor group for version {update_info.version}")
+            raise ValueError(f"weight update: got neither file nor group for version {update_info.version}")
         return {}
 
     def _stage(self, manifest: Manifest) -> Staged:
@@ -158,13 +164,12 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
             needed={name for name, _, _ in self.reload.boxes},
         )
         tensors = dict(map_tensors(manifest))
-        crc32 = checksums(tensors)
         if manifest.crc32 is not None:
-            names = [name for name, *_ in manifest.tensors]
+            crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
             bad = [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]
             if bad:
                 raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
-        return Staged(manifest.version, tensors, crc32)
+        return Staged(manifest.version, tensors)
 
     def _take(self, update: GroupUpdate) -> None:
         """Receives everything into the model, layer by layer: there is no memory to keep it elsewhere."""
@@ -172,11 +177,15 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
         self.version = UNUSABLE  # until the last layer is in place
         self.reload.begin()
 
-        def place(tensor: str, start: tuple[int, ...], stop: tuple[int, ...], part: torch.Tensor) -> None:
-            axes = len(self.tensors[tensor].shape)  # the plan counts one of one dimension as a column
-            self.reload.place(tensor, start[:axes], stop[:axes], part)
+        receiver.receive(self._place)
 
-        receiver.receive(place)
+    def _place(self, tensor: str, start: Index, stop: Index, part: torch.Tensor) -> None:
+        """`start`, `stop`: of two axes; a tensor of one counts as a column."""
+        shape = self.tensors[tensor].shape
+        if self.fingerprints is not None:
+            columns = shape[1] if len(shape) > 1 else 1
+            self.fingerprints[tensor] += box_fingerprint(part, start, columns)
+        self.reload.place(tensor, start[: len(shape)], stop[: len(shape)], part)
 
     def _receiver(self, update: GroupUpdate) -> Receiver:
         """Meets the trainer, and the instances before and behind, once a generation."""
@@ -202,9 +211,9 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
             self.reload.begin()
             for name, start, stop in self.reload.boxes:
                 box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-                self.reload.place(name, start, stop, staged.tensors[name][box].contiguous())
+                self._place(name, start, stop, staged.tensors[name][box].contiguous())
         self.reload.finish()
-        self.version, self.crc32 = staged.version, staged.crc32
+        self.version, self.updates = staged.version, self.updates + 1
         return {}
 
     def shutdown(self) -> None:
@@ -281,17 +290,17 @@ class WorkerExtension:
 
     @answering
     def mdppo_version(self) -> dict[str, int]:
-        """Version of the weights in use: 0 those of the start, -1 unusable after a failed update."""
-        return {"version": self.weight_transfer_engine.version}
+        """Version of the weights in use (0: those of the start, -1: unusable after a failed update); updates so far."""
+        return {"version": self.weight_transfer_engine.version, "updates": self.weight_transfer_engine.updates}
 
     @answering
-    def mdppo_checksum(self, names: list[str]) -> dict[str, int]:
-        """crc32 of the named tensors (all, for none) as received in the last applied update."""
-        known = self.weight_transfer_engine.crc32
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise ValueError(f"checksum: {shown(missing)} not in the last update, which held {len(known)} tensors")
-        return {name: known[name] for name in names or known}
+    def mdppo_fingerprints(self) -> dict[str, Any]:
+        """Of what this worker received in the last update: `worker` (its number), `fingerprints` by tensor."""
+        found = self.weight_transfer_engine.fingerprints
+        if found is None:
+            raise ValueError("checksum: the last update did not ask for fingerprints")
+        of_tensors = {name: value % MODULUS for name, value in found.items()}
+        return {"worker": self.weight_transfer_engine.worker, "fingerprints": of_tensors}
 
     @answering
     def mdppo_discard_update(self) -> dict[str, int]:

@@ -161,6 +161,14 @@ def read_exactly(descriptor: int, offset: int, out: Tensor, file: Path) -> None:
         done += count
 
 
+def write_exactly(descriptor: int, offset: int, values: Tensor) -> None:
+    """Writes the bytes of `values` (contiguous, on the CPU) at `offset`."""
+    view = _memory(values.reshape(-1).view(torch.uint8))
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
 def typed(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The head of a uint8 buffer as a tensor with no larger storage than its own: torch.save writes whole storages."""
     count = math.prod(shape)

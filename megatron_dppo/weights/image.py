@@ -1,19 +1,68 @@
-"""The reading side of weights in a file of shared memory: is the update complete, is the file whole, its tensors."""
+"""A model's tensors in one safetensors file, in shared memory or on a disk: all ranks write it, engines read it."""
 
 from __future__ import annotations
 
-import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from megatron_dppo.architecture import Architecture
 from megatron_dppo.rollout.engine import Manifest
-from megatron_dppo.weights.hub_files import TensorInfo, typed
+from megatron_dppo.weights.hub_files import TensorInfo, header_bytes, read_header, typed
+from megatron_dppo.weights.layout import Piece
+from megatron_dppo.weights.local import write_pieces
+from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 
 MAX_NAMES_SHOWN = 5
+
+
+def image_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """Every tensor of a model in `dtype`; wide ones first, so that in a file without gaps each is aligned."""
+    shapes = hub_shapes(arch)
+    dtypes = hub_dtypes(arch, str(dtype).removeprefix("torch."))
+    found = {name: TensorInfo(getattr(torch, dtypes[name]), shape) for name, shape in shapes.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def create_image(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """A file with room for the tensors, in the place of an older one. Raises OSError where there is no room."""
+    header = header_bytes(tensors)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, len(header) + sum(info.nbytes for info in tensors.values()))
+        file.write(header)
+    beside.rename(path)
+
+
+def write_image(path: Path, parameters: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
+    """Every rank calls this: writes the boxes it owns into a file of `create_image`. One barrier, at the end."""
+    write_pieces(parameters, pieces, read_header(path))
+    dist.barrier()
+
+
+def manifest_of(path: Path, version: int) -> Manifest:
+    """What an engine needs to take `version` from an image, with a checksum of each tensor, read back from the file.
+
+    Every rank calls this; each checks its share of the tensors. One object all-gather of integers.
+    """
+    tensors = read_header(path)
+    entries = tuple(
+        (name, str(stored.dtype).removeprefix("torch."), stored.shape, stored.offset)
+        for name, stored in tensors.items()
+    )
+    manifest = Manifest(version, str(path.absolute()), entries, path.stat().st_size)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mine = checksums(dict(list(map_tensors(manifest))[rank::world]))
+    shares: list[dict[str, int]] = [{} for _ in range(world)]
+    dist.all_gather_object(shares, mine)
+    crc32 = {name: crc for share in shares for name, crc in share.items()}
+    return Manifest(version, manifest.path, entries, manifest.nbytes, tuple(crc32[name] for name in tensors))
 
 
 def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo], *, needed: set[str]) -> None:
@@ -40,7 +89,7 @@ def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo
         )
 
 
-def map_tensors(manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+def map_tensors(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Views of the manifest's file, one a tensor; raises ValueError if the file is absent or too short."""
     size = os.path.getsize(manifest.path) if os.path.isfile(manifest.path) else None
     if size is None or size < manifest.nbytes:
@@ -48,20 +97,18 @@ def map_tensors(manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
     buffer = torch.from_file(manifest.path, shared=False, size=manifest.nbytes, dtype=torch.uint8)
     for name, dtype_name, shape, offset in manifest.tensors:
         dtype = getattr(torch, dtype_name)  # one of those that a manifest admits
-        nbytes = math.prod(shape) * dtype.itemsize
-        if offset % dtype.itemsize or offset + nbytes > manifest.nbytes:
-            raise ValueError(f"weight update: {name} at {offset}+{nbytes} does not fit into {manifest.nbytes} bytes")
+        if offset % dtype.itemsize:
+            raise ValueError(f"weight update: {name} is at {offset}, expected a multiple of {dtype.itemsize}")
         yield name, typed(buffer[offset:], dtype, shape)
 
 
-def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """crc32 of each tensor's bytes; zlib releases the GIL, so large updates use all the worker's threads."""
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """crc32 of each tensor's bytes; zlib releases the GIL, so large updates use all the process's threads."""
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(crc32, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(_crc32, tensors.values()), strict=True))
 
 
-def crc32(tensor: torch.Tensor) -> int:
-    """Of its bytes, on both sides of an update."""
+def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -1,7 +1,8 @@
-"""Between a rank's parameters and Hugging Face files or a shared image: copies of the pieces of its layout."""
+"""Between a rank's parameters and Hugging Face files: reads and writes of the pieces of its layout."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.weights.checkpoint import block_buffer, read_values, row_blocks
-from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
+from megatron_dppo.weights.hub_files import HubFiles, StoredTensor, TensorInfo, write_exactly
 from megatron_dppo.weights.layout import Piece
 
 
@@ -40,11 +41,36 @@ def load_pieces(parameters: Mapping[str, Tensor], pieces: Iterable[Piece], files
 
 
 @torch.no_grad()
-def export_pieces(parameters: Mapping[str, Tensor], pieces: Iterable[Piece], image: Mapping[str, Tensor]) -> None:
-    """Copies this rank's boxes into `image` (hub name -> whole tensor, typically in shared memory).
+def write_pieces(
+    parameters: Mapping[str, Tensor], pieces: Iterable[Piece], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Writes this rank's boxes to where `tensors` are stored, in their dtypes; the file must be there, in full size.
 
-    Only pieces of replica 0 are written: over all ranks, each element is written once.
+    Only pieces of replica 0 are written: over all ranks, each element is written once. Bytes are written, not mapped
+    pages: ranks on several machines share pages of a file, and one would write its old copy of the other's part.
     """
-    for piece in pieces:
-        if piece.replica == 0:
-            image[piece.tensor][piece.hub_index].copy_(parameters[piece.param][piece.local_index])
+    descriptors = {file: os.open(file, os.O_WRONLY) for file in {stored.file for stored in tensors.values()}}
+    try:
+        for piece in pieces:
+            if piece.replica == 0:
+                stored = tensors[piece.tensor]
+                values = parameters[piece.param][piece.local_index]
+                _write_box(descriptors[stored.file], stored, piece, values)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _write_box(descriptor: int, stored: StoredTensor, piece: Piece, values: Tensor) -> None:
+    start = stored.offset + piece.start[0] * stored.row_bytes
+    for row, rows in row_blocks(TensorInfo(stored.dtype, tuple(values.shape))):
+        block = values[row : row + rows].to("cpu", stored.dtype).contiguous()
+        if values.shape[1:] == stored.shape[1:]:
+            write_exactly(descriptor, start + row * stored.row_bytes, block)
+            continue
+        assert values.dim() == 2, "only matrices are cut by columns"
+        column_bytes = piece.start[1] * stored.dtype.itemsize
+        for number, line in enumerate(block, row):
+            write_exactly(descriptor, start + number * stored.row_bytes + column_bytes, line)

@@ -1,103 +1,164 @@
-"""New weights for the engines, in memory: every rank writes its boxes into one shared image under hub names.
-
-The image is a file in shared memory that trainer and engine map. No rank gathers, no tensor is sent: a box that a
-rank owns is copied straight to its place. Trainer and engines must share a machine.
-"""
+"""The trainer's side of a weight sync, once an order to send has come: over a file, or to workers over a group."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dppo.rollout.engine import Manifest
+from megatron_dppo.architecture import Architecture
+from megatron_dppo.control import Control, connect_store, engine_layout_key, meeting_key
+from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.weights.checkpoint import carry_description
-from megatron_dppo.weights.hub_files import typed
-from megatron_dppo.weights.image import crc32
-from megatron_dppo.weights.layout import Piece
-from megatron_dppo.weights.local import export_pieces
-
-ALIGNMENT = 64  # bytes; any dtype's view is aligned and no two tensors share a cache line
+from megatron_dppo.weights.image import create_image, image_tensors, manifest_of, write_image
+from megatron_dppo.weights.layout import Box, Piece
+from megatron_dppo.weights.mapping import hub_dtypes
+from megatron_dppo.weights.plan import sync_plan
+from megatron_dppo.weights.transfer import Sender, TransferError, join_as_rank, publish
 
 
 @dataclass(frozen=True)
-class ImageLayout:
-    """Where each tensor lies in the image: (name, dtype, shape, offset in bytes), in order, and the whole size."""
+class Held:
+    """What one trainer rank holds of a model: `parameters` by name, and which boxes they are.
 
-    tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]
-    nbytes: int
+    `pieces_of`: the layout of any of the `ranks`. `dtype`: in which engines get the numbers (but for buffers that stay
+    in float32).
+    """
+
+    arch: Architecture
+    rank: int
+    ranks: int
+    parameters: Mapping[str, Tensor]
+    pieces_of: Callable[[int], Iterable[Piece]]
+    dtype: torch.dtype
+    device: torch.device
+
+    def write(self, path: Path) -> None:
+        """Its part of an image, as `write_image`."""
+        write_image(path, self.parameters, self.pieces_of(self.rank))
 
 
-def image_layout(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, float32: Collection[str] = ()
-) -> ImageLayout:
-    """Lays the tensors of a checkpoint one after the other, each at a multiple of 64 bytes; `float32` ones stay so."""
-    tensors, offset = [], 0
-    for name, shape in shapes.items():
-        kind = torch.float32 if name in float32 else dtype
-        tensors.append((name, str(kind).removeprefix("torch."), shape, offset))
-        offset += -(-math.prod(shape) * kind.itemsize // ALIGNMENT) * ALIGNMENT
-    return ImageLayout(tuple(tensors), offset)
+class WeightSender(Protocol):
+    """One way to the engines."""
+
+    def send(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Every rank calls this with the client's order; returns the reply to it."""
+        ...
 
 
-class SharedImage:
-    """All tensors of a checkpoint in one shared file; `tensors[name]` is a view that every process sees."""
+class FileSender:
+    """Every rank writes its boxes into one file; the reply has the manifest, as `file`.
 
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        float32: Collection[str] = (),
-    ) -> None:
-        """Maps `path`, making it where it is not there yet; the tensors in `float32` have that dtype.
+    In shared memory one file serves all versions. On a disk, which several machines may read, each has a file of its
+    own, and the one before is removed: engines have it in memory by then.
+    """
 
-        Raises OSError where shared memory is full.
+    def __init__(self, held: Held, directory: Path, *, on_disk: bool) -> None:
+        self._held, self._directory, self._on_disk = held, directory, on_disk
+        self._path: Path | None = None
+
+    def send(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """One or two barriers and one object all-gather of checksums."""
+        version, before = int(order["version"]), self._path
+        path = self._directory / (f"weights-{version}.safetensors" if self._on_disk else "weights.safetensors")
+        if path != before:
+            if self._held.rank == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                create_image(path, image_tensors(self._held.arch, self._held.dtype))
+                if before is not None:
+                    before.unlink()
+            dist.barrier()
+        self._path = path
+        self._held.write(path)
+        return {"file": manifest_of(path, version).as_json()}
+
+
+class GroupSender:
+    """Ranks send each worker what it keeps; the reply has the `errors` of ranks that could not.
+
+    A new generation begins with a plan, which every rank makes, and a meeting of all ranks and workers.
+    """
+
+    def __init__(self, held: Held, control: Control, *, bucket_bytes: int, timeout_s: float) -> None:
+        """`timeout_s`: how long a rank waits for a worker to come, or to take what was sent."""
+        self._held, self._control = held, control
+        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._generation: int | None = None
+        self._sender: Sender | None = None
+
+    def send(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """One object all-gather of the ranks' errors, beside what goes to workers; another for a new plan's digest.
+
+        Raises ValueError where a plan cannot be made: the trainer does not hold what a worker keeps.
         """
-        self.path = path
-        self.layout = image_layout(shapes, dtype, float32)
-        with path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, max(self.layout.nbytes, 1))
-        self._bytes = torch.from_file(str(path), shared=True, size=self.layout.nbytes, dtype=torch.uint8)
-        self.tensors: dict[str, Tensor] = {}
-        for name, dtype_name, shape, offset in self.layout.tensors:
-            self.tensors[name] = typed(self._bytes[offset:], getattr(torch, dtype_name), shape)
+        error = ""
+        try:
+            if order["generation"] != self._generation:
+                self._sender, self._generation = None, order["generation"]
+                self._sender = self._meet(order)
+            if self._sender is None:
+                raise TransferError("its group has failed before, and another was not asked for")
+            self._sender.send(self._held.parameters)
+        except TransferError as failure:
+            self._sender, error = None, f"rank {self._held.rank}: {failure}"
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        return {"errors": [error for error in errors if error]}
 
-    def write(self, parameters: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
-        """Every rank calls this: copies the boxes it owns. The image is whole when it returns. One barrier."""
-        export_pieces(parameters, pieces, self.tensors)
-        dist.barrier()
+    def _meet(self, order: Mapping[str, Any]) -> Sender:
+        """Plans, tells the workers their shares and the client that they may come, and waits for them."""
+        held, ranks = self._held, self._held.ranks
+        workers = self._control.wait(engine_layout_key(order["layout"]), self._timeout_s)["workers"]
+        plan = sync_plan(
+            [held.pieces_of(rank) for rank in range(ranks)],
+            [[Box(name, tuple(start), tuple(stop)) for name, start, stop in boxes] for boxes in workers],
+            hub_dtypes(held.arch, str(held.dtype).removeprefix("torch.")),
+            bucket_bytes=self._bucket_bytes,
+            instances=order["instances"],
+        )
+        digest = plan.digest()
+        digests = [""] * ranks
+        dist.all_gather_object(digests, digest)
+        assert set(digests) == {digest}, f"plans differ between ranks: {digests}"
+        store = connect_store(self._control.address, self._timeout_s)
+        update = GroupUpdate(
+            version=order["version"],
+            store=self._control.address,
+            digest=digest,
+            generation=order["generation"],
+            ranks=ranks,
+            instances=order["instances"],
+            timeout_s=self._timeout_s,
+        )
+        if held.rank == 0:
+            publish(store, plan)
+            self._control.post(meeting_key(order["generation"]), update.as_json())
+        channels = join_as_rank(store, update, held.rank, len(workers), held.device)
+        return Sender(plan, held.rank, channels, ranks)
 
-    def manifest(self, version: int) -> Manifest:
-        """What an engine needs to take version `version` from the image, with a checksum for each tensor.
 
-        Every rank calls this; each checks its share of the tensors. One object all-gather of integers.
-        """
-        world, rank = dist.get_world_size(), dist.get_rank()
-        mine = [crc32(tensor) for tensor in list(self.tensors.values())[rank::world]]
-        shares: list[list[int]] = [[] for _ in range(world)]
-        dist.all_gather_object(shares, mine)
-        of_all = tuple(shares[i % world][i // world] for i in range(len(self.tensors)))
-        return Manifest(version, str(self.path), self.layout.tensors, self.layout.nbytes, of_all)
+def save_checkpoint(held: Held, source: Path, destination: Path) -> None:
+    """Writes a Hugging Face directory: the weights, and everything but weights from `source` (config, tokenizer).
 
-
-def save_checkpoint(tensors: Mapping[str, Tensor], source: Path, destination: Path) -> None:
-    """Writes a Hugging Face directory: `tensors`, and everything but weights from `source` (config, tokenizer).
-
-    Written beside and renamed; an older `destination` is replaced.
+    Every rank calls this. Written beside and renamed; an older `destination` is replaced. Three barriers.
     """
     beside = destination.with_name(destination.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    carry_description(source, beside, next(iter(tensors.values())).dtype)
-    save_file(dict(tensors), beside / "model.safetensors", metadata={"format": "pt"})
-    if destination.exists():
-        shutil.rmtree(destination)
-    os.replace(beside, destination)
+    file = beside / "model.safetensors"
+    if held.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        carry_description(source, beside, held.dtype)
+        create_image(file, image_tensors(held.arch, held.dtype))
+    dist.barrier()
+    held.write(file)
+    if held.rank == 0:
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.replace(beside, destination)
+    dist.barrier()

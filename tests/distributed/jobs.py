@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_dppo.algorithm.objectives import TokenStats
@@ -23,11 +24,11 @@ from megatron_dppo.control import Control
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.rollout.client import place_batch
+from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import Trainer
-from megatron_dppo.weights.local import export_pieces
 from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
-from megatron_dppo.weights.sync import SharedImage
+from megatron_dppo.weights.sync import FileSender
 
 
 def model_of(
@@ -98,7 +99,9 @@ def policy_gradients(
     fixed = float32_tensors(model.arch)
     image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items() if name not in fixed}
     trained = [piece for piece in model.pieces if piece.tensor not in fixed]
-    export_pieces({name: p.main_grad for name, p in model.parameters.items()}, trained, image)
+    for piece in trained:
+        if piece.replica == 0:
+            image[piece.tensor][piece.hub_index] = model.parameters[piece.param].main_grad[piece.local_index]
     return {name: numpy(tensor) for name, tensor in image.items()}
 
 
@@ -140,14 +143,14 @@ def rl_steps(
         model=replace(model, chunks=optimizer.chunks),
         optimizer=optimizer,
         objective=objective_of(config),
-        image=SharedImage(shared / "weights", hub_shapes(model.arch), dtype, float32_tensors(model.arch)),
+        senders={"shm": FileSender(replace(model, chunks=optimizer.chunks).held, shared, on_disk=False)},
     )
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     results = [trainer._train_step(step, minibatches) for step in range(2)]
-    trainer.image.write(trainer.model.weights, trainer.model.pieces)
-    manifest = trainer.image.manifest(version=1)
-    tensors = trainer.image.tensors
-    assert list(manifest.crc32 or ()) == [zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for t in tensors.values()]
+    manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
+    tensors = load_file(manifest.path)
+    crc32 = {name: zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+    assert list(manifest.crc32 or ()) == [crc32[name] for name, *_ in manifest.tensors]
     return {name: numpy(tensor.float()) for name, tensor in tensors.items()}, results
 
 

@@ -106,7 +106,7 @@ def serving(
     family: list[int] = []
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_ready(url, [child], READY_DEADLINE_S)
+        wait_ready(url, child, READY_DEADLINE_S)
         family = descendants(child.pid)
         yield Served("vllm", url, child, model_dir, model)
     finally:
@@ -136,24 +136,27 @@ class Weights:
     """A model's weights as a file in shared memory, with what the engine should say about them."""
 
     manifest: Manifest
-    crc32: dict[str, int]
+    checksums: dict[str, int]
 
 
 def share(directory: Path, tensors: dict[str, torch.Tensor], version: int, *, with_crc32: bool = True) -> Weights:
     """Write `tensors` one after another, each at a multiple of 64 bytes, into a new file in `directory`."""
     path = directory / f"weights-{uuid4().hex}"
-    entries, crc32, offset = [], {}, 0
+    entries, crc32, sums, offset = [], [], {}, 0
     with path.open("wb") as file:
         for name, tensor in tensors.items():
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             file.seek(offset)
             file.write(data)
             entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
-            crc32[name] = zlib.crc32(data)
+            crc32.append(zlib.crc32(data))
+            sums[name] = (
+                sum((2 * i + 1) * bits for i, bits in enumerate(np.frombuffer(data, np.int32).tolist())) % 2**64
+            )
             offset += (len(data) + 63) // 64 * 64
         file.truncate(offset)
-    manifest = Manifest(version, str(path), tuple(entries), offset, tuple(crc32.values()) if with_crc32 else None)
-    return Weights(manifest, crc32)
+    crcs = tuple(crc32) if with_crc32 else None
+    return Weights(Manifest(version, str(path), tuple(entries), offset, crcs, fingerprints=with_crc32), sums)
 
 
 @pytest.fixture

@@ -458,7 +458,7 @@ def test_waiting_for_a_server_ends_at_once_when_it_dies(tmp_path: Path) -> None:
     child = start("engine", argv, env=os.environ, log_path=tmp_path / "log")
     before = time.monotonic()
     with pytest.raises(ChildDied, match="engine ended with code 3(.|\n)*no such model"):
-        wait_ready(f"http://127.0.0.1:{free_port()}", [child], 60)
+        wait_ready(f"http://127.0.0.1:{free_port()}", child, 60)
     assert time.monotonic() - before < 10
 
 
@@ -467,6 +467,6 @@ def test_waiting_for_a_server_ends_at_the_deadline(tmp_path: Path) -> None:
     child = start("engine", argv, env=os.environ, log_path=tmp_path / "log")
     try:
         with pytest.raises(EngineUnreachable, match="not ready after 1 s(.|\n)*loading"):
-            wait_ready(f"http://127.0.0.1:{free_port()}", [child], 1.0)
+            wait_ready(f"http://127.0.0.1:{free_port()}", child, 1.0)
     finally:
         child.stop()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights.checkpoint import check_tensors
-from megatron_dppo.weights.hub_files import HubFiles
+from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, read_header
+from megatron_dppo.weights.image import create_image, image_tensors
 from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, parameter_shapes
-from megatron_dppo.weights.local import export_pieces, load_pieces
-from megatron_dppo.weights.mapping import hub_shapes
-from megatron_dppo.weights.sync import SharedImage, image_layout, save_checkpoint
+from megatron_dppo.weights.local import load_pieces, write_pieces
+from megatron_dppo.weights.sync import Held, save_checkpoint
 from tests.tiny_models import (
     deepseek_config,
     hub_tensors,
@@ -62,56 +64,81 @@ def test_all_ranks_together_write_the_checkpoint_they_read(
     checkpoint: Path, parallel: Parallel, tmp_path: Path
 ) -> None:
     arch, files = load_architecture(checkpoint), HubFiles(checkpoint)
-    image = SharedImage(tmp_path / "image", hub_shapes(arch), torch.float32)
+    image = tmp_path / "image.safetensors"
+    create_image(image, image_tensors(arch, torch.float32))
     for rank in range(parallel.ranks):
         pieces = list(megatron_layout(arch, parallel, rank))
         parameters = empty_parameters(pieces)
         load_pieces(parameters, pieces, files)
         assert not any(p.isnan().any() for p in parameters.values())
-        export_pieces(parameters, pieces, image.tensors)
-    original = hub_tensors(checkpoint)
-    assert original.keys() == image.tensors.keys()
+        write_pieces(parameters, pieces, read_header(image))
+    original, written = hub_tensors(checkpoint), load_file(image)
+    assert original.keys() == written.keys()
     for name, tensor in original.items():
-        assert torch.equal(image.tensors[name], tensor), name
-
-    save_checkpoint(image.tensors, checkpoint, tmp_path / "saved")
-    saved = hub_tensors(tmp_path / "saved")
-    assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())
-    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+        assert torch.equal(written[name], tensor), name
 
 
-def test_a_saved_checkpoint_says_its_dtype(checkpoint: Path, tmp_path: Path) -> None:
-    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(checkpoint).items()}
-    save_checkpoint(tensors, checkpoint, tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A job of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
+def held_by_one_rank(checkpoint: Path, dtype: torch.dtype) -> Held:
+    return held_of(load_architecture(checkpoint), checkpoint, dtype)
+
+
+def held_of(arch: Architecture, checkpoint: Path, dtype: torch.dtype) -> Held:
+    pieces = list(megatron_layout(arch, Parallel(), 0))
+    parameters = empty_parameters(pieces)
+    load_pieces(parameters, pieces, HubFiles(checkpoint))
+    return Held(arch, 0, 1, parameters, lambda rank: pieces, dtype, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_saved_checkpoint_replaces_the_old_one_and_says_its_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    for dtype in (torch.float32, torch.bfloat16):
+        save_checkpoint(held_by_one_rank(checkpoint, dtype), checkpoint, saved)
+        original, found = hub_tensors(checkpoint), hub_tensors(saved)
+        assert original.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in original.items())
+        assert f"torch.{json.loads((saved / 'config.json').read_text())['dtype']}" == str(dtype)
+        assert (saved / "tokenizer.json").is_file()
+        assert sorted(tmp_path.iterdir()) == [saved]
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("checkpoint", ["deepseek_v3"], indirect=True)
 def test_multi_token_prediction_is_neither_loaded_nor_announced(checkpoint: Path, tmp_path: Path) -> None:
     """Tensors behind the last layer are left alone; what is saved without them says that it has none."""
     extra = {"model.layers.4.eh_proj.weight": torch.ones(64, 128)}
     arch, path = broken(checkpoint, tmp_path, extra)
     assert json.loads((checkpoint / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    pieces = list(megatron_layout(arch, Parallel(), 0))
-    load_pieces(empty_parameters(pieces), pieces, HubFiles(path))
-    save_checkpoint(hub_tensors(checkpoint), checkpoint, tmp_path / "saved")
+    save_checkpoint(held_of(arch, path, torch.float32), checkpoint, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
-def test_an_image_keeps_named_tensors_in_float32(tmp_path: Path) -> None:
-    image = SharedImage(tmp_path / "image", {"weight": (3,), "bias": (5,)}, torch.bfloat16, {"bias"})
-    values = {"weight": torch.full((3,), 1.5), "bias": torch.tensor([1 / 3, -0.1, 1e-8, 0.0, 7.0])}
-    pieces = [Piece(name, (0,), tuple(v.shape), name, (0,), 0) for name, v in values.items()]
-    export_pieces(values, pieces, image.tensors)
-    assert torch.equal(image.tensors["bias"], values["bias"])
-    assert image.tensors["weight"].dtype == torch.bfloat16 and image.tensors["weight"].tolist() == [1.5] * 3
-    assert [entry[1] for entry in image.layout.tensors] == ["bfloat16", "float32"]
+@pytest.mark.parametrize("checkpoint", ["deepseek_v3"], indirect=True)
+def test_an_image_keeps_buffers_in_float32_and_aligns_all(checkpoint: Path, tmp_path: Path) -> None:
+    arch, image = load_architecture(checkpoint), tmp_path / "image.safetensors"
+    create_image(image, image_tensors(arch, torch.bfloat16))
+    held = held_by_one_rank(checkpoint, torch.bfloat16)
+    write_pieces(held.parameters, held.pieces_of(0), read_header(image))
+    written, original = load_file(image), hub_tensors(checkpoint)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(written[bias], original[bias]) and written[bias].dtype == torch.float32
+    assert {tensor.dtype for name, tensor in written.items() if name != bias and "correction" not in name} == {
+        torch.bfloat16
+    }
+    assert all(stored.offset % stored.dtype.itemsize == 0 for stored in read_header(image).values())
 
 
-def test_image_layout_aligns_and_does_not_overlap() -> None:
-    layout = image_layout({"a": (3, 5), "b": (7,), "c": (64,)}, torch.bfloat16)
-    assert layout.tensors == (("a", "bfloat16", (3, 5), 0), ("b", "bfloat16", (7,), 64), ("c", "bfloat16", (64,), 128))
-    assert layout.nbytes == 256
+def test_an_image_without_room_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        create_image(tmp_path / "image", {"weight": TensorInfo(torch.float32, (1 << 50,))})
 
 
 def broken(checkpoint: Path, tmp_path: Path, change: dict[str, torch.Tensor | None]) -> tuple[Architecture, Path]:

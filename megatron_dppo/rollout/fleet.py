@@ -1,0 +1,264 @@
+"""All engines of a job as one: new weights for every one of them, samples from any, and what to do when one is lost.
+
+An engine gets no prompt before it has the current weights. Weights come from the trainer's ranks, who send them
+whenever they are told to (`control.Orders`) and do not train meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_dppo.control import Orders, engine_layout_key, meeting_key
+from megatron_dppo.rollout.engine import (
+    Capabilities,
+    EngineError,
+    EngineNotReady,
+    EngineRestarted,
+    EngineUnreachable,
+    GroupUpdate,
+    Manifest,
+    RolloutEngine,
+    Sampling,
+    Update,
+)
+from megatron_dppo.rollout.trajectory import Trajectory
+
+Transport = Literal["shm", "group", "disk"]
+Failures = dict[RolloutEngine, EngineError]
+POLL_S = 1.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample. Requests of the same `spread` go to the same engine, where they share the prompt's cache."""
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    request_id: str
+    group_id: str
+    spread: int
+
+
+class Fleet:
+    """Engines that are lost (they do not answer, or were restarted) are brought back where that can be done."""
+
+    def __init__(
+        self,
+        engines: Sequence[RolloutEngine],
+        orders: Orders,
+        *,
+        transport: Transport,
+        attempts: int = 3,
+        patience_s: float = 300.0,
+        check: Callable[[str, Capabilities], None] = lambda url, found: None,
+        fingerprints: bool = False,
+    ) -> None:
+        """`attempts`: of an update, at engines that answer. `patience_s`: for the last engine to come back. `check`:
+        raises ValueError for an engine that will not do. `fingerprints`: let engines take checksums of what they get.
+        """
+        self.engines = list(engines)
+        self.living = list(engines)
+        self._orders, self._transport = orders, transport
+        self._attempts, self._patience_s, self._check = attempts, patience_s, check
+        self._fingerprints = fingerprints
+        self._version = 0
+        self._mending = asyncio.Lock()
+        self._losses: Counter[RolloutEngine] = Counter()  # how often each was lost: errors of before are old news
+        self._given_up: EngineError | None = None
+        # Names of groups must be new to engines that have served other jobs: numbers that only time brings.
+        self._generation = time.time_ns()
+        self._met: list[RolloutEngine] = []  # who can be sent to without a new meeting
+
+    # ---- weights ----
+
+    async def update(self, version: int) -> None:
+        """Gives `version`, which the ranks have, to all engines, those that were lost and are back included.
+
+        Raises EngineError naming an engine that answers and cannot be updated, or the last one when none is left.
+        """
+        self._version = version
+        async with self._mending:
+            lost = [engine for engine in self.engines if engine not in self.living]
+            answers = await asyncio.gather(*map(self._answers, lost))
+            back = [engine for engine, answer in zip(lost, answers, strict=True) if answer]
+            for engine in back:
+                log.warning("engine %s is back", engine.url)
+            await self._bring([*self.living, *back])
+
+    async def _bring(self, engines: Sequence[RolloutEngine]) -> None:
+        """Gives the current weights to `engines`, which are living afterwards, or left out if they do not answer."""
+        left, updated = list(engines), []
+        for attempt in range(self._attempts):
+            failures = await self._send(left)
+            updated += [engine for engine in left if engine not in failures]
+            left = []
+            for engine, error in failures.items():
+                log.warning("version %d, attempt %d: %s", self._version, attempt + 1, error)
+                if await self._answers(engine):
+                    left.append(engine)
+            self.living = [e for e in self.engines if e in updated or (e in self.living and e not in engines)]
+            if not left:
+                break
+        if left:
+            tried = f"version {self._version} could not be brought to it in {self._attempts} attempts"
+            raise EngineError(left[0].url, f"{tried}; the last: {failures[left[0]]}")
+        if not self.living:
+            raise next(iter(failures.values()))
+
+    async def _answers(self, engine: RolloutEngine) -> bool:
+        """Looks at an engine anew. Raises what `check` does."""
+        try:
+            await engine.rejoin()
+            self._check(engine.url, await engine.capabilities())
+        except EngineUnreachable:
+            return False
+        return True
+
+    async def _send(self, engines: Sequence[RolloutEngine]) -> Failures:
+        """Has the ranks send the current weights; returns who did not get them, and why. The others are in use."""
+        failures = await _each(engines, lambda engine: engine.pause("wait"))
+        able = [engine for engine in engines if engine not in failures]
+        if not able:
+            return failures
+        if self._transport == "group":
+            return failures | await self._send_by_group(able)
+        return failures | await self._send_by_file(able)
+
+    async def _send_by_file(self, engines: Sequence[RolloutEngine]) -> Failures:
+        self._orders.give({"do": "send", "transport": self._transport, "version": self._version})
+        manifest = Manifest.from_json((await self._orders.reply())["file"])
+        manifest = dataclasses.replace(manifest, fingerprints=self._fingerprints)
+        return await _each(engines, lambda engine: self._take(engine, manifest))
+
+    async def _send_by_group(self, engines: Sequence[RolloutEngine]) -> Failures:
+        order = {"do": "send", "transport": "group", "version": self._version, "instances": len(engines)}
+        if self._met != engines:
+            layouts: dict[RolloutEngine, str] = {}
+
+            async def look(engine: RolloutEngine) -> None:
+                layouts[engine] = await self._publish_layout(engine)
+
+            if failures := await _each(engines, look):
+                return failures
+            _require_alike(layouts)
+            self._generation += 1
+            self._layout = layouts[engines[0]]
+        self._orders.give({**order, "generation": self._generation, "layout": self._layout})
+        control = self._orders.control
+        meeting = await asyncio.to_thread(control.wait, meeting_key(self._generation), self._orders.timeout_s)
+
+        def update(engine: RolloutEngine) -> GroupUpdate:
+            own = {
+                "version": self._version,
+                "instance": list(engines).index(engine),
+                "fingerprints": self._fingerprints,
+            }
+            return GroupUpdate(**{**meeting, **own})
+
+        failures = await _each(engines, lambda engine: self._take(engine, update(engine)))
+        errors = (await self._orders.reply())["errors"]
+        for error in errors:
+            log.warning("version %d: %s", self._version, error)
+        self._met = [] if failures or errors else list(engines)
+        return failures
+
+    async def _take(self, engine: RolloutEngine, update: Update) -> None:
+        await engine.begin_update(self._version, update)
+        await engine.commit()  # asks the engine for its version, too
+
+    async def _publish_layout(self, engine: RolloutEngine) -> str:
+        """Leaves what the engine's workers keep for the ranks; returns its digest."""
+        workers = [[dataclasses.astuple(box) for box in boxes] for boxes in await engine.layout()]
+        digest = hashlib.sha256(json.dumps(workers).encode()).hexdigest()
+        if self._orders.control.peek(engine_layout_key(digest)) is None:
+            self._orders.control.post(engine_layout_key(digest), {"workers": workers})
+        return digest
+
+    # ---- sampling ----
+
+    async def sample(self, requests: Sequence[Request]) -> list[Trajectory]:
+        """A response to each request, all from the current weights. Raises EngineError when no engine is left."""
+        results = list(await asyncio.gather(*map(self._sample, requests)))
+        # A server that was restarted between two requests has answered from the weights of its start.
+        while restarted := await self._mend_restarted():
+            again = [i for i, (engine, _) in enumerate(results) if engine in restarted]
+            log.warning("%d samples are taken again", len(again))
+            for i, result in zip(again, await asyncio.gather(*(self._sample(requests[i]) for i in again)), strict=True):
+                results[i] = result
+        return [trajectory for _, trajectory in results]
+
+    async def _sample(self, request: Request) -> tuple[RolloutEngine, Trajectory]:
+        while True:
+            if not self.living:
+                async with self._mending:  # somebody waits for one to come back
+                    if self._given_up:
+                        raise self._given_up
+                continue
+            engine = self.living[request.spread % len(self.living)]
+            losses = self._losses[engine]
+            try:
+                return engine, await engine.generate(
+                    request.prompt_ids, request.sampling, request.request_id, group_id=request.group_id
+                )
+            except (EngineUnreachable, EngineRestarted, EngineNotReady) as error:
+                await self._mend(engine, error, losses)
+
+    async def _mend_restarted(self) -> set[RolloutEngine]:
+        failures = await _each(list(self.living), lambda engine: engine.health())
+        for engine, error in failures.items():
+            if not isinstance(error, EngineUnreachable | EngineRestarted):
+                raise error
+            await self._mend(engine, error, self._losses[engine])
+        return set(failures)
+
+    async def _mend(self, engine: RolloutEngine, error: EngineError, losses: int) -> None:
+        """Brings an engine back with the current weights, or goes on without it; waits for the last one.
+
+        `losses`: of the engine when what failed was begun.
+        """
+        if engine not in self.living or self._losses[engine] != losses:
+            async with self._mending:  # another request is seeing to it, or has
+                return
+        log.warning("%s", error)
+        self.living.remove(engine)
+        self._losses[engine] += 1
+        async with self._mending:
+            give_up = time.monotonic() + self._patience_s
+            while not await self._answers(engine):
+                if self.living:
+                    return
+                if time.monotonic() > give_up:
+                    self._given_up = error
+                    raise error
+                await asyncio.sleep(POLL_S)
+            await self._bring([engine])
+
+
+async def _each(engines: Iterable[RolloutEngine], action: Callable[[RolloutEngine], Awaitable[Any]]) -> Failures:
+    """Does something to all engines at the same time; returns which of them failed."""
+    chosen = list(engines)
+    results = await asyncio.gather(*map(action, chosen), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, EngineError):
+            raise result
+    return {e: result for e, result in zip(chosen, results, strict=True) if isinstance(result, EngineError)}
+
+
+def _require_alike(layouts: dict[RolloutEngine, str]) -> None:
+    first, *others = layouts
+    for other in others:
+        if layouts[other] != layouts[first]:
+            raise ValueError(
+                f"engines {first.url} and {other.url} keep different parts of the weights, expected the same of all: "
+                "start them alike, or set sync.transport to shm or disk"
+            )

@@ -1,0 +1,225 @@
+"""`megatron-dppo sync-check CONFIG`: do the engines of a recipe get what its trainer has?
+
+Starts engines and ranks as a run would. Then, as often as asked: every weight is changed on the ranks; they send them;
+of every tensor, the engines' checksum is compared with the ranks'; prompts are sampled, and the log-probs that the
+engines recorded are compared with those of the trainer's own model.
+
+This module is the command's part in the launcher, and, as `python -m megatron_dppo.sync_check ranks | client CONFIG`,
+what runs in its processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_dppo.architecture import load_architecture
+from megatron_dppo.backend.model import Model, load_model
+from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
+from megatron_dppo.backend.step import stats_pass
+from megatron_dppo.config import Config, load_config
+from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, order_key, reply_key
+from megatron_dppo.data.packing import LossWeights, build_micro_batch
+from megatron_dppo.launch import job, run_directory
+from megatron_dppo.processes import supervise
+from megatron_dppo.rollout.client import connect_engines, fleet_of
+from megatron_dppo.rollout.engine import Sampling
+from megatron_dppo.rollout.fleet import Fleet, Request
+from megatron_dppo.rollout.trajectory import Scored, load_batch, save_batch
+from megatron_dppo.trainer import weight_senders
+from megatron_dppo.weights.fingerprint import fingerprints
+from megatron_dppo.weights.image import image_tensors
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}  # of the log-prob of one token; two bf16 models differ by their kernels
+SAMPLES = 8  # of each engine after each update, in as many micro-batches
+AMPLITUDE = 0.1  # by how much of itself a weight is changed
+GOLDEN = 2.399963229728653  # radians between neighbours: no two are changed alike
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one update showed. `different`: tensors of which an engine has other bits than the trainer."""
+
+    version: int
+    seconds: float
+    tensors: int
+    different: tuple[str, ...]
+    tokens: int
+    worst: float  # difference of a token's log-prob
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all is as it must be."""
+        return not self.different and self.worst <= self.tolerance
+
+
+def check_sync(config: Config, updates: int, console: Console) -> list[Row]:
+    """Runs the check and prints a line an update. Raises what `launch` does."""
+    run = config.run.model_copy(update={"dir": config.run.dir / "sync-check"})
+    training = config.training.model_copy(update={"steps": updates})
+    config = config.model_copy(update={"run": run, "training": training})
+    module = "megatron_dppo.sync_check"
+    rows: list[Row] = []
+    with (
+        run_directory(run.dir),
+        job(config, console, ranks=(module, "ranks"), client=(module, "client")) as running,
+    ):
+
+        def watch() -> None:
+            while (found := running.control.peek(_row_key(len(rows) + 1))) is not None:
+                rows.append(Row(**{**found, "different": tuple(found["different"])}))
+                console.print(_line(rows[-1]), highlight=False)
+
+        supervise(running.children, until=running.until, watch=watch)
+        watch()
+    return rows
+
+
+def _row_key(version: int) -> str:
+    return f"row/{version}"
+
+
+def _line(row: Row) -> str:
+    bits = f"{len(row.different)} differ, {', '.join(row.different[:3])}" if row.different else "equal bit by bit"
+    return (
+        f"update {row.version}: {row.seconds:.2f} s, {row.tensors} tensors: {bits}; log-probs of {row.tokens} tokens "
+        f"within {row.worst:.1e} (at most {row.tolerance:g}): {'ok' if row.passed else 'FAILED'}"
+    )
+
+
+async def run_client(config: Config) -> None:
+    """The client's part: orders, comparisons, a row for each update."""
+    control = Control.connect(os.environ[CONTROL_VARIABLE])
+    orders = Orders(control, config.training.rollout_timeout_s)
+    engines, _ = await connect_engines(config)
+    try:
+        fleet = fleet_of(config, engines, orders, fingerprints=True)
+        for version in range(1, config.training.steps + 1):
+            control.post(_row_key(version), asdict(await _check_update(config, fleet, orders, version)))
+        orders.give({"do": "stop"})
+    finally:
+        for engine in engines:
+            await engine.close()
+
+
+async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: int) -> Row:
+    expected = await _ask(orders, {"do": "change", "version": version})
+    started = time.perf_counter()
+    await fleet.update(version)
+    seconds = time.perf_counter() - started
+    different: set[str] = set()
+    for engine in fleet.living:
+        received = await engine.checksum()
+        different |= {name for name in expected if received.get(name) != expected[name]}
+    trajectories = await fleet.sample(_requests(config, version, len(fleet.living)))
+    path = Path(os.environ[SHARED_VARIABLE]) / f"samples-{version}.safetensors"
+    save_batch(path, [Scored(t, {}, np.zeros(t.response_length, np.float32)) for t in trajectories])
+    worst = (await _ask(orders, {"do": "score", "file": str(path)}))["worst"]
+    tokens = sum(trajectory.response_length for trajectory in trajectories)
+    names = tuple(sorted(different))
+    return Row(version, seconds, len(expected), names, tokens, worst, TOLERANCE[config.rollout.dtype])
+
+
+async def _ask(orders: Orders, order: Mapping[str, Any]) -> dict[str, Any]:
+    orders.give(order)
+    return await orders.reply()
+
+
+def _requests(config: Config, version: int, engines: int) -> list[Request]:
+    """Prompts of random ids, the same number for each engine."""
+    rng = np.random.default_rng([config.run.seed, version])
+    vocab_size, rollout = load_architecture(config.model.path).vocab_size, config.rollout
+    requests = []
+    for i in range(SAMPLES * engines):
+        ids = rng.integers(0, vocab_size, rng.integers(1, config.data.max_prompt_tokens + 1)).tolist()
+        sampling = Sampling(
+            rollout.temperature, rollout.max_response_tokens, training=True, seed=int(rng.integers(1 << 31))
+        )
+        requests.append(Request(ids, sampling, f"{version}-{i}", str(i), i))
+    return requests
+
+
+def run_rank(config: Config) -> None:
+    """A rank's part: does what is ordered."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    split = config.parallel
+    rank = initialise_parallel(split.layout, config.run.seed, config.training.rollout_timeout_s)
+    dtype = getattr(torch, config.model.dtype)
+    model = load_model(
+        config.model.path, rank, dtype,
+        sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
+    )  # fmt: skip
+    control = Control.connect(os.environ[CONTROL_VARIABLE])
+    held = model.held
+    senders = weight_senders(config, control, held)
+    tensors = image_tensors(model.arch, dtype)
+    patience_s = config.rollout.start_timeout_s + config.training.rollout_timeout_s
+    for number in itertools.count():
+        order = control.wait(order_key(number), patience_s)
+        if order["do"] == "send":
+            reply = senders[order["transport"]].send(order)
+        elif order["do"] == "change":
+            change_weights(model, order["version"])
+            reply = dict(fingerprints(held.parameters, model.pieces, tensors))
+        elif order["do"] == "score":
+            reply = {"worst": score(model, Path(order["file"]), split.least_micro_batches)}
+        else:
+            break
+        if rank.rank == 0:
+            control.post(reply_key(number), reply)
+    finalise_parallel()
+
+
+@torch.no_grad()
+def change_weights(model: Model, seed: int) -> None:
+    """Every element by up to a tenth, according to its place in its hub tensor: replicas stay equal."""
+    weights, tensors = model.weights, image_tensors(model.arch, model.config.params_dtype)
+    for piece in model.pieces:
+        local = weights[piece.param][piece.local_index]
+        columns = math.prod(tensors[piece.tensor].shape[1:])
+        row = torch.arange(piece.start[0], piece.stop[0], dtype=torch.float64, device=local.device)
+        place = row * columns
+        if local.dim() > 1:
+            column = torch.arange(piece.start[1], piece.stop[1], dtype=torch.float64, device=local.device)
+            place = place[:, None] + column
+        local.mul_((1 + AMPLITUDE * torch.cos(place * GOLDEN + seed)).to(local.dtype))
+
+
+def score(model: Model, path: Path, least: int) -> float:
+    """The largest difference between recorded log-probs and the model's. One all-reduce."""
+    samples = load_batch(path)
+    assert len(samples) >= least
+    batches = [
+        build_micro_batch(
+            [sample], num_topk=0, weights=LossWeights("tokens", 1), length_multiple=model.rank.parallel.tensor
+        )
+        for sample in samples
+    ]
+    worst = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch, stats in zip(batches, stats_pass(model, batches), strict=False):  # nothing but on the last stage
+        mu = torch.from_numpy(batch.mu_logprob).to(model.device)
+        worst = torch.maximum(worst, (stats.logprob - mu).abs().max().double())
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
+
+
+if __name__ == "__main__":
+    role, path = sys.argv[1:]
+    if role == "ranks":
+        run_rank(load_config(path))
+    else:
+        asyncio.run(run_client(load_config(path)))
