@@ -46,7 +46,7 @@ def test_train_hands_the_resolved_config_to_the_launcher(launch: Callable[..., N
             1,
             "megatron-dppo: run 'quickstart' failed: no rollouts for 5 s\n",
         ),
-        (KeyboardInterrupt(), 130, "megatron-dppo: interrupted\n"),
+        (KeyboardInterrupt(), 130, "megatron-dppo: run 'quickstart': interrupted\n"),
     ],
 )
 def test_a_failed_run_is_one_message_and_an_exit_code(

@@ -35,8 +35,8 @@ FORGET = 0.7  # probability that the teacher forgets a carry
 NUM_TRAIN, NUM_HELD_OUT = 50_000, 2_000
 
 
-def write_initial_model(path: Path, seed: int) -> None:
-    """A random Qwen3-MoE of 225k parameters and the tokenizer of the task."""
+def write_initial_model(path: Path, seed: int, num_layers: int = 2) -> None:
+    """A random Qwen3-MoE of 225k parameters (with two layers) and the tokenizer of the task."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -47,7 +47,7 @@ def write_initial_model(path: Path, seed: int) -> None:
         hidden_size=64,
         intermediate_size=128,
         moe_intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,  # not hidden_size / heads, as in the real ones; what vLLM can do on CPU

@@ -35,6 +35,7 @@ from megatron_dppo.rollout.trajectory import Trajectory
 Transport = Literal["shm", "group", "disk"]
 Failures = dict[RolloutEngine, EngineError]
 POLL_S = 1.0
+ANSWER_S = 30.0  # for an engine that is looked at anew
 log = logging.getLogger(__name__)
 
 
@@ -84,20 +85,40 @@ class Fleet:
     async def update(self, version: int) -> None:
         """Gives `version`, which the ranks have, to all engines, those that were lost and are back included.
 
-        Raises EngineError naming an engine that answers and cannot be updated, or the last one when none is left.
+        Raises EngineError naming an engine that answers and cannot be updated, or one that was lost when none is left.
         """
         self._version = version
         async with self._mending:
             lost = [engine for engine in self.engines if engine not in self.living]
-            answers = await asyncio.gather(*map(self._answers, lost))
-            back = [engine for engine, answer in zip(lost, answers, strict=True) if answer]
-            for engine in back:
-                log.warning("engine %s is back", engine.url)
-            await self._bring([*self.living, *back])
+            error = await self._bring([*self.living, *await self._back(lost)])
+            if not self.living:
+                assert error is not None
+                await self._wait_for_one(error)
 
-    async def _bring(self, engines: Sequence[RolloutEngine]) -> None:
-        """Gives the current weights to `engines`, which are living afterwards, or left out if they do not answer."""
-        left, updated = list(engines), []
+    async def _back(self, lost: Sequence[RolloutEngine]) -> list[RolloutEngine]:
+        """Those that answer again."""
+        answers = await asyncio.gather(*map(self._answers, lost))
+        back = [engine for engine, answer in zip(lost, answers, strict=True) if answer]
+        for engine in back:
+            log.warning("engine %s is back", engine.url)
+        return back
+
+    async def _wait_for_one(self, error: EngineError) -> None:
+        """Until some engine is back and up to date; raises `error` when patience is at its end."""
+        give_up = time.monotonic() + self._patience_s
+        while not self.living:
+            if time.monotonic() > give_up:
+                self._given_up = error
+                raise error
+            await asyncio.sleep(POLL_S)
+            await self._bring(await self._back(self.engines))
+
+    async def _bring(self, engines: Sequence[RolloutEngine]) -> EngineError | None:
+        """Gives the current weights to `engines`, which are living afterwards, or left out if they do not answer.
+
+        Returns the last error, if any.
+        """
+        left, updated, error = list(engines), [], None
         for attempt in range(self._attempts):
             failures = await self._send(left)
             updated += [engine for engine in left if engine not in failures]
@@ -108,19 +129,17 @@ class Fleet:
                     left.append(engine)
             self.living = [e for e in self.engines if e in updated or (e in self.living and e not in engines)]
             if not left:
-                break
-        if left:
-            tried = f"version {self._version} could not be brought to it in {self._attempts} attempts"
-            raise EngineError(left[0].url, f"{tried}; the last: {failures[left[0]]}")
-        if not self.living:
-            raise next(iter(failures.values()))
+                return error
+        tried = f"version {self._version} could not be brought to it in {self._attempts} attempts"
+        raise EngineError(left[0].url, f"{tried}; the last: {failures[left[0]]}")
 
     async def _answers(self, engine: RolloutEngine) -> bool:
         """Looks at an engine anew. Raises what `check` does."""
         try:
-            await engine.rejoin()
-            self._check(engine.url, await engine.capabilities())
-        except EngineUnreachable:
+            async with asyncio.timeout(ANSWER_S):
+                await engine.rejoin()
+                self._check(engine.url, await engine.capabilities())
+        except (EngineUnreachable, TimeoutError):
             return False
         return True
 
@@ -165,10 +184,25 @@ class Fleet:
             }
             return GroupUpdate(**{**meeting, **own})
 
-        failures = await _each(engines, lambda engine: self._take(engine, update(engine)))
+        deadlines: dict[RolloutEngine, asyncio.Timeout] = {}
+
+        async def take(engine: RolloutEngine) -> None:
+            try:
+                async with asyncio.timeout(None) as deadlines[engine]:
+                    await self._take(engine, update(engine))
+            except TimeoutError:
+                message = f"its update did not end in {meeting['timeout_s']:.0f} s after the ranks'"
+                raise EngineUnreachable(engine.url, message) from None
+            finally:
+                del deadlines[engine]
+
+        taking = asyncio.create_task(_each(engines, take))
         errors = (await self._orders.reply())["errors"]
         for error in errors:
             log.warning("version %d: %s", self._version, error)
+        for deadline in deadlines.values():
+            deadline.reschedule(asyncio.get_running_loop().time() + meeting["timeout_s"])
+        failures = await taking
         self._met = [] if failures or errors else list(engines)
         return failures
 
@@ -233,15 +267,10 @@ class Fleet:
         self.living.remove(engine)
         self._losses[engine] += 1
         async with self._mending:
-            give_up = time.monotonic() + self._patience_s
-            while not await self._answers(engine):
-                if self.living:
-                    return
-                if time.monotonic() > give_up:
-                    self._given_up = error
-                    raise error
-                await asyncio.sleep(POLL_S)
-            await self._bring([engine])
+            if not self.living:
+                await self._wait_for_one(error)
+            elif await self._back([engine]):
+                await self._bring([engine])
 
 
 async def _each(engines: Iterable[RolloutEngine], action: Callable[[RolloutEngine], Awaitable[Any]]) -> Failures:

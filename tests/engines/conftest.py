@@ -77,6 +77,25 @@ def alive(pid: int) -> bool:
         return False
 
 
+def faulty_server(
+    config: pytest.Config, model_dir: Path, port: int, *extra: str, **options: Any
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a server whose workers can be told to fail."""
+    argv = server_command(
+        model_dir,
+        port=port,
+        cpu=True,
+        dtype="float32",
+        max_logprobs=MAX_LOGPROBS,
+        max_num_seqs=32,
+        extra=["--worker-extension-cls", "tests.engines.faulty_worker.FaultyExtension", *extra],
+        **options,
+    )
+    env = server_env(cpu=True, cache_root=config.cache.mkdir("vllm"))
+    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
+    return argv, env
+
+
 @contextmanager
 def serving(
     config: pytest.Config,
@@ -87,21 +106,8 @@ def serving(
     **options: Any,
 ) -> Iterator[Served]:
     """A server on `model`, in fp32, with what `options` and `extra` add to its command line; it ends with the block."""
-    model_dir = write_checkpoint(directory / "model", model)
-    port = free_port()
-    argv = server_command(
-        model_dir,
-        port=port,
-        cpu=True,
-        dtype="float32",
-        max_logprobs=MAX_LOGPROBS,
-        max_num_seqs=32,
-        routed_experts=routed_experts,
-        extra=["--worker-extension-cls", "tests.engines.faulty_worker.FaultyExtension", *extra],
-        **options,
-    )
-    env = server_env(cpu=True, cache_root=config.cache.mkdir("vllm"))
-    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
+    model_dir, port = write_checkpoint(directory / "model", model), free_port()
+    argv, env = faulty_server(config, model_dir, port, *extra, routed_experts=routed_experts, **options)
     child = start("vllm", argv, env=env, log_path=directory / "server.log")
     family: list[int] = []
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,25 @@ from megatron_dppo.rollout.vllm_worker import WorkerExtension
 class FaultyExtension(WorkerExtension):
     def mdppo_fail_next_load(self, after: int) -> dict[str, Any]:
         """Let the next reload take `after` boxes and then raise; the one after it is sound again."""
+
+        def fail(*box: Any) -> None:
+            raise RuntimeError(f"injected fault after {after} tensors")
+
+        return self._at_box(after, fail)
+
+    def test_exit_next_load(self, after: int) -> dict[str, Any]:
+        """Let this process end in the next reload, when `after` boxes are taken."""
+        return self._at_box(after, lambda *box: os._exit(7))
+
+    def test_stall_next_load(self, after: int, seconds: float) -> dict[str, Any]:
+        """Let the next reload stop for a while when `after` boxes are taken."""
+        return self._at_box(after, lambda *box: time.sleep(seconds))
+
+    def test_damage_next_load(self, after: int) -> dict[str, Any]:
+        """Let the next reload take other numbers than came."""
+        return self._at_box(after, lambda *box: box[-1].add_(1.0))
+
+    def _at_box(self, after: int, what: Callable[..., Any]) -> dict[str, Any]:
         reload: Any = self.weight_transfer_engine.reload
         sound, taken = reload.place, 0
 
@@ -23,7 +45,7 @@ class FaultyExtension(WorkerExtension):
             nonlocal taken
             if taken == after:
                 reload.place = sound
-                raise RuntimeError(f"injected fault after {after} tensors")
+                what(*args)
             taken += 1
             sound(*args)
 

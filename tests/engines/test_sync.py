@@ -1,0 +1,211 @@
+"""Weights from real ranks to real engines, as users have them sent: `sync-check`, and runs whose engines fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from transformers import Qwen3MoeForCausalLM
+
+from megatron_dppo.data.addition import sample_problems, write_problems
+from megatron_dppo.processes import Child, free_port, start, stop_all
+from megatron_dppo.rollout.vllm_server import wait_ready
+from tests.engines.conftest import READY_DEADLINE_S, Served, faulty_server, serving
+from tools.make_quickstart_input import write_initial_model
+
+UPDATES = 10
+DEADLINE_S = 240.0
+GROUP_TIMEOUT_S = 5.0
+ENGINES: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "tp2_ep": {"tensor_parallel_size": 2, "extra": ["--enable-expert-parallel"]},
+}
+TRAINERS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2_ep2": {"tensor": 2, "expert": 2, "ranks": 2},
+    "pp2": {"pipeline": 2, "ranks": 2},
+    "tp2_ep2_pp2_virtual2": {"tensor": 2, "expert": 2, "pipeline": 2, "virtual": 2, "ranks": 4},
+    "etp2": {"tensor": 2, "expert_tensor": 2, "ranks": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers, so that a trainer can have virtual stages."""
+    path = tmp_path_factory.mktemp("trained") / "model"
+    write_initial_model(path, seed=3, num_layers=4)
+    return path
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> dict[str, Any]:
+    write_problems(tmp_path / "train.jsonl", sample_problems(random.Random(0), 50, held_out=False))
+    return {
+        "run": {"name": f"sync{os.getpid()}", "dir": str(tmp_path / "run")},
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 16},
+        "reward": {"name": "final_answer"},
+        "rollout": {
+            "dtype": "float32", "max_response_tokens": 6, "prompts_per_step": 4, "samples_per_prompt": 4,
+            "max_retries": 1,
+        },
+        "sync": {"transport": "group", "bucket_mib": 0.0625, "timeout_s": GROUP_TIMEOUT_S},
+        "training": {"steps": 2, "minibatches": 2, "micro_batch_tokens": 64, "lr": 1e-3},
+        "loss": {"entropy_coefficient": 0.5},  # without it an untrained model would not move
+    }  # fmt: skip
+
+
+def command(tmp_path: Path, recipe: dict[str, Any], name: str, *arguments: str) -> subprocess.Popen[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    argv = [sys.executable, "-m", "megatron_dppo.cli", name, str(path), *arguments]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Started from other weights of the same shapes."""
+    directory = tmp_path_factory.mktemp(request.param)
+    write_initial_model(directory / "initial", seed=4, num_layers=4)
+    hub = Qwen3MoeForCausalLM.from_pretrained(directory / "initial")
+    options = dict(ENGINES[request.param])
+    extra = options.pop("extra", [])
+    with serving(request.config, directory, hub, *extra, **options) as served:
+        yield served
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_engines_get_what_ranks_have(
+    engine: Served, trainer: str, recipe: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Ten updates: every tensor bit by bit, and every sampled token's log-prob under the ranks' own model."""
+    recipe["parallel"] = TRAINERS[trainer]
+    recipe["rollout"]["urls"] = [engine.url]
+    check = command(tmp_path, recipe, "sync-check", "--updates", str(UPDATES), "--json")
+    output, _ = check.communicate(timeout=DEADLINE_S)
+    assert check.returncode == 0, output
+    rows = json.loads(output.splitlines()[-1])["updates"]
+    assert len(rows) == UPDATES
+    assert all(not row["different"] and row["tensors"] == 135 and row["tokens"] >= 8 for row in rows)
+    assert max(row["worst"] for row in rows) <= 2e-5
+
+
+@pytest.mark.parametrize("engine", ["tp1"], indirect=True)
+@pytest.mark.parametrize("transport", ["shm", "disk"])
+def test_the_check_fails_where_weights_differ(
+    engine: Served, transport: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Behind the checksum: only the log-probs can tell."""
+    httpx.post(f"{engine.url}/collective_rpc", json={"method": "test_damage_next_load", "args": [3]}, timeout=60)
+    recipe["rollout"]["urls"] = [engine.url]
+    check = command(tmp_path, recipe, "sync-check", f"sync.transport={transport}", "--updates", "2", "--json")
+    output, _ = check.communicate(timeout=DEADLINE_S)
+    assert check.returncode == 1, output
+    result = json.loads(output.splitlines()[-1])
+    assert not result["passed"]
+    damaged, sound = result["updates"]
+    assert damaged["worst"] > 1e-3 and sound["worst"] <= 2e-5
+    assert "update 1" in output and "FAILED" in output and output.count(": ok") == 1
+    assert not list((tmp_path / "run" / "sync-check").glob("weights/weights-1*"))  # the last one is enough
+
+
+@dataclass
+class Server:
+    """An engine of one's own that can be started again at the same address."""
+
+    config: pytest.Config
+    model: Path
+    directory: Path
+    port: int
+    child: Child | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        argv, env = faulty_server(self.config, self.model, self.port)
+        self.child = start(f"engine {self.port}", argv, env=env, log_path=self.directory / f"{self.port}.log")
+
+    def wait(self) -> None:
+        assert self.child is not None
+        wait_ready(self.url, self.child, READY_DEADLINE_S)
+
+    def tell(self, method: str, *args: Any) -> None:
+        answer = httpx.post(f"{self.url}/collective_rpc", json={"method": method, "args": list(args)}, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture
+def servers(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[list[Server]]:
+    both = [Server(request.config, model, tmp_path, free_port()) for _ in range(2)]
+    try:
+        for server in both:
+            server.start()
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        stop_all([server.child for server in both if server.child is not None])
+
+
+def test_a_run_outlives_its_engines(servers: list[Server], recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Two engines get weights in a relay; one stalls, one dies in the middle of an update and is started again, and
+    then the last one is killed. Whatever answers has the trainer's weights: samples are as probable to both."""
+    stalling, dying = servers
+    recipe["parallel"] = TRAINERS["tp2_ep2"]
+    recipe["rollout"]["urls"] = [server.url for server in servers]
+    recipe["training"]["steps"] = 1000
+    records = tmp_path / "run" / "metrics.jsonl"
+
+    def engines() -> list[int]:
+        lines = records.read_text().splitlines() if records.is_file() else []
+        found = [json.loads(line) for line in lines]
+        assert all(record["mismatch"] < 1e-5 for record in found)
+        return [int(record["engines"]) for record in found]
+
+    job = command(tmp_path, recipe, "train")
+    client_log = tmp_path / "run" / "logs" / "client.log"
+
+    def wait_until(what: Any) -> None:
+        give_up = time.monotonic() + DEADLINE_S
+        while not what():
+            assert job.poll() is None, f"the job ended: {job.stdout.read() if job.stdout else ''}"
+            assert time.monotonic() < give_up, client_log.read_text()[-3000:]
+            time.sleep(0.1)
+
+    try:
+        wait_until(lambda: engines()[-2:] == [2, 2])
+        before = len(engines())
+        stalling.tell("test_stall_next_load", 20, 3 * GROUP_TIMEOUT_S)
+        wait_until(lambda: "attempt 1" in client_log.read_text())
+        wait_until(lambda: len(engines()) > before + 2)
+        assert engines()[-1] == 2, client_log.read_text()
+        dying.tell("test_exit_next_load", 30)
+        wait_until(lambda: engines()[-1] == 1)
+        assert f"engine {dying.url}" in client_log.read_text()
+        dying.start()
+        wait_until(lambda: engines()[-1] == 2)
+        assert f"engine {dying.url} is back" in client_log.read_text()
+        for server in servers:
+            assert server.child is not None
+            server.child.stop()
+        stalling.start()
+        stopped = len(engines())
+        wait_until(lambda: len(engines()) > stopped + 3)
+        assert engines()[-1] == 1
+    finally:
+        job.terminate()
+        job.communicate(timeout=60)
