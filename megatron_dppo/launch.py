@@ -56,7 +56,7 @@ def _run(config: Config) -> None:
     started = time.time()
     console = Console()
     metrics = config.run.dir / "metrics.jsonl"
-    with job(config, console, ranks=("megatron_dppo.trainer",), client=("megatron_dppo.rollout.client",)) as running:
+    with job(config, console, ranks="megatron_dppo.trainer", client="megatron_dppo.rollout.client") as running:
         control, progress, unsaid = running.control, Progress(metrics, console), [BACKEND_KEY, READY_KEY]
 
         def watch() -> None:
@@ -83,10 +83,10 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(config: Config, console: Console, *, ranks: Sequence[str], client: Sequence[str]) -> Iterator[Job]:
+def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterator[Job]:
     """Starts engines, ranks and, once the engines answer, the client; ends what is left of them with the block.
 
-    `ranks`, `client`: the module that they run and its arguments, to which the resolved config's path is added.
+    `ranks`, `client`: the modules that they run, with the resolved config's path.
     """
     config = with_transport(config)
     logs, resolved = config.run.dir / "logs", config.run.dir / "resolved.yaml"
@@ -101,7 +101,7 @@ def job(config: Config, console: Console, *, ranks: Sequence[str], client: Seque
                 urls.append(url)
                 children.append(engine)
         engines = list(children)
-        argv = [sys.executable, "-m", *ranks, str(resolved)]
+        argv = [sys.executable, "-m", ranks, str(resolved)]
         children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
         started = children[len(engines) :]
         console.print(
@@ -111,7 +111,7 @@ def job(config: Config, console: Console, *, ranks: Sequence[str], client: Seque
         )
         for url, engine in zip(urls, engines, strict=False):
             wait_ready(url, engine, config.rollout.start_timeout_s, children)
-        argv = [sys.executable, "-m", *client, str(resolved)]
+        argv = [sys.executable, "-m", client, str(resolved)]
         env[ENGINE_URLS_VARIABLE] = ",".join(urls)
         children.append(start("rollout client", argv, env=env, log_path=logs / "client.log"))
         yield Job(control, children, [children[-1], *started])

@@ -4,15 +4,13 @@ Starts engines and ranks as a run would. Then, as often as asked: every weight i
 of every tensor, the engines' checksum is compared with the ranks'; prompts are sampled, and the log-probs that the
 engines recorded are compared with those of the trainer's own model.
 
-This module is the command's part in the launcher, and, as `python -m megatron_dppo.sync_check ranks | client CONFIG`,
-what runs in its processes.
+This module is the command's part in the launcher and, run as `python -m megatron_dppo.sync_check CONFIG`, its client;
+what the ranks do is in `sync_check_rank.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 import os
 import sys
 import time
@@ -22,31 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.backend.model import Model, load_model
-from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
-from megatron_dppo.backend.step import stats_pass
 from megatron_dppo.config import Config, load_config
-from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, order_key, reply_key
-from megatron_dppo.data.packing import LossWeights, build_micro_batch
+from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders
 from megatron_dppo.launch import job, run_directory
 from megatron_dppo.processes import supervise
 from megatron_dppo.rollout.client import connect_engines, fleet_of
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Fleet, Request
-from megatron_dppo.rollout.trajectory import Scored, load_batch, save_batch
-from megatron_dppo.trainer import weight_senders
-from megatron_dppo.weights.fingerprint import fingerprints
-from megatron_dppo.weights.image import image_tensors
+from megatron_dppo.rollout.trajectory import Scored, save_batch
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}  # of the log-prob of one token; two bf16 models differ by their kernels
 SAMPLES = 8  # of each engine after each update, in as many micro-batches
-AMPLITUDE = 0.1  # by how much of itself a weight is changed
-GOLDEN = 2.399963229728653  # radians between neighbours: no two are changed alike
 
 
 @dataclass(frozen=True)
@@ -72,11 +59,10 @@ def check_sync(config: Config, updates: int, console: Console) -> list[Row]:
     run = config.run.model_copy(update={"dir": config.run.dir / "sync-check"})
     training = config.training.model_copy(update={"steps": updates})
     config = config.model_copy(update={"run": run, "training": training})
-    module = "megatron_dppo.sync_check"
     rows: list[Row] = []
     with (
         run_directory(run.dir),
-        job(config, console, ranks=(module, "ranks"), client=(module, "client")) as running,
+        job(config, console, ranks="megatron_dppo.sync_check_rank", client="megatron_dppo.sync_check") as running,
     ):
 
         def watch() -> None:
@@ -153,73 +139,5 @@ def _requests(config: Config, version: int, engines: int) -> list[Request]:
     return requests
 
 
-def run_rank(config: Config) -> None:
-    """A rank's part: does what is ordered."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    split = config.parallel
-    rank = initialise_parallel(split.layout, config.run.seed, config.training.rollout_timeout_s)
-    dtype = getattr(torch, config.model.dtype)
-    model = load_model(
-        config.model.path, rank, dtype,
-        sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
-    )  # fmt: skip
-    control = Control.connect(os.environ[CONTROL_VARIABLE])
-    held = model.held
-    senders = weight_senders(config, control, held)
-    tensors = image_tensors(model.arch, dtype)
-    patience_s = config.rollout.start_timeout_s + config.training.rollout_timeout_s
-    for number in itertools.count():
-        order = control.wait(order_key(number), patience_s)
-        if order["do"] == "send":
-            reply = senders[order["transport"]].send(order)
-        elif order["do"] == "change":
-            change_weights(model, order["version"])
-            reply = dict(fingerprints(held.parameters, model.pieces, tensors))
-        elif order["do"] == "score":
-            reply = {"worst": score(model, Path(order["file"]), split.least_micro_batches)}
-        else:
-            break
-        if rank.rank == 0:
-            control.post(reply_key(number), reply)
-    finalise_parallel()
-
-
-@torch.no_grad()
-def change_weights(model: Model, seed: int) -> None:
-    """Every element by up to a tenth, according to its place in its hub tensor: replicas stay equal."""
-    weights, tensors = model.weights, image_tensors(model.arch, model.config.params_dtype)
-    for piece in model.pieces:
-        local = weights[piece.param][piece.local_index]
-        columns = math.prod(tensors[piece.tensor].shape[1:])
-        row = torch.arange(piece.start[0], piece.stop[0], dtype=torch.float64, device=local.device)
-        place = row * columns
-        if local.dim() > 1:
-            column = torch.arange(piece.start[1], piece.stop[1], dtype=torch.float64, device=local.device)
-            place = place[:, None] + column
-        local.mul_((1 + AMPLITUDE * torch.cos(place * GOLDEN + seed)).to(local.dtype))
-
-
-def score(model: Model, path: Path, least: int) -> float:
-    """The largest difference between recorded log-probs and the model's. One all-reduce."""
-    samples = load_batch(path)
-    assert len(samples) >= least
-    batches = [
-        build_micro_batch(
-            [sample], num_topk=0, weights=LossWeights("tokens", 1), length_multiple=model.rank.parallel.tensor
-        )
-        for sample in samples
-    ]
-    worst = torch.zeros((), dtype=torch.float64, device=model.device)
-    for batch, stats in zip(batches, stats_pass(model, batches), strict=False):  # nothing but on the last stage
-        mu = torch.from_numpy(batch.mu_logprob).to(model.device)
-        worst = torch.maximum(worst, (stats.logprob - mu).abs().max().double())
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return float(worst)
-
-
 if __name__ == "__main__":
-    role, path = sys.argv[1:]
-    if role == "ranks":
-        run_rank(load_config(path))
-    else:
-        asyncio.run(run_client(load_config(path)))
+    asyncio.run(run_client(load_config(sys.argv[1])))
