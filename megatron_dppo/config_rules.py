@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
+VLLM_CPU_LATENT_SIZE = 576
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -271,9 +272,16 @@ def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     """The engine that this job starts can compute the model."""
     from megatron_dppo.rollout.vllm_server import runs_on_cpu
 
-    if rollout.urls or not runs_on_cpu() or arch.latent:  # latent attention has a backend of its own there
+    if rollout.urls or not runs_on_cpu():
         return
-    if arch.head_dim not in VLLM_CPU_HEAD_SIZES:
+    if arch.latent is not None:
+        cached = arch.latent.kv_lora_rank + arch.latent.qk_rope_head_dim
+        if cached != VLLM_CPU_LATENT_SIZE:
+            yield (
+                f"model.path: got kv_lora_rank + qk_rope_head_dim = {cached}, expected what vLLM computes on CPU: "
+                f"{VLLM_CPU_LATENT_SIZE}"
+            )
+    elif arch.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         yield f"model.path: got head_dim {arch.head_dim}, expected one that vLLM computes on CPU: {sizes}"
 

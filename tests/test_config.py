@@ -19,7 +19,7 @@ from megatron_dppo.config import (
 from megatron_dppo.data.addition import build_tokenizer, write_problems
 
 LATENT = {
-    "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,
+    "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 560,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 1,
     "moe_intermediate_size": 62, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
@@ -255,6 +255,7 @@ def test_two_overrides_that_an_objective_does_not_use_are_both_named(recipe: dic
         ({"quantization_config": {"quant_method": "fp8"}}, "got weights quantised by fp8 in"),
         ({"quantization_config": None}, None),
         (LATENT, None),  # vLLM's list of head sizes is for the other attention
+        (LATENT | {"kv_lora_rank": 32}, "got kv_lora_rank + qk_rope_head_dim = 48, expected what vLLM computes"),
         (LATENT | {"moe_intermediate_size": 63}, "got 2, expected a divisor of the shared experts' width 63"),
         ({"num_attention_heads": None, "hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
     ],

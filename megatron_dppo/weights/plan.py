@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dppo.rollout.engine import UPDATE_DTYPES
 from megatron_dppo.weights.box_tables import (
     Boxes,
     Ints,
@@ -31,9 +32,8 @@ from megatron_dppo.weights.box_tables import (
 from megatron_dppo.weights.layout import Box, Piece
 from megatron_dppo.weights.sharing import fair_quotas, share_parts
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 BUCKETS_IN_FLIGHT = 2  # one is sent while the next is packed, one received while the last is unpacked
-_COLUMNS = ("tensor", "src_rank", "src_param", "src_offset", "start", "stop", "dst", "bucket", "offset")
+_COLUMNS = ("tensor", "src_rank", "src_param", "src_offset", "start", "stop", "dst", "bucket")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
@@ -71,13 +71,12 @@ class Plan:
     """Every part that is sent, one a row of the arrays, in the order of sending: bucket, itemsize, worker, rank.
 
     A part is a box of hub tensor `tensors[tensor]` (dtype `dtypes[tensor]`), `start` up to `stop`, which rank
-    `src_rank` has from `src_offset` on in its parameter `params[src_param]` and worker `dst` receives, row after row
-    without a gap, `offset` bytes into its buffer of bucket `bucket`. A tensor of one dimension counts as one column
-    (`reshape(n, 1)`). Larger items come first, so that every part is aligned to its item. Parts of one message are
-    neighbours in the buffer, and also where a rank packs its parts of a bucket in the plan's order. A worker's
-    buckets follow the order of `tensors`, and all workers are in the same bucket when a layer begins.
+    `src_rank` has from `src_offset` on in its parameter `params[src_param]` and worker `dst` receives in bucket
+    `bucket`. A tensor of one dimension counts as one column (`reshape(n, 1)`). Larger items come first, so that in a
+    message without gaps every part is aligned to its item. A worker's buckets follow the order of `tensors`, and all
+    workers are in the same bucket when a layer begins.
 
-    int32 [parts]: tensor, src_rank, src_param, dst, bucket; [parts, 2]: src_offset, start, stop; int64 [parts]: offset.
+    int32 [parts]: tensor, src_rank, src_param, dst, bucket; [parts, 2]: src_offset, start, stop.
     int64 `kept_bytes` [workers]: what the workers' boxes hold; `fair_bytes` [ranks]: the best balanced sending.
     `num_buckets` is that of the whole sync, also in a selection of its parts; no worker receives more than
     `bucket_bytes` in one.
@@ -97,14 +96,13 @@ class Plan:
     stop: NDArray[np.int32]
     dst: NDArray[np.int32]
     bucket: NDArray[np.int32]
-    offset: Ints
     kept_bytes: Ints
     fair_bytes: Ints
 
     @property
     def nbytes(self) -> Ints:
         """int64 [parts]: bytes of each part."""
-        itemsize = np.array([ITEMSIZE[dtype] for dtype in self.dtypes], np.int64)
+        itemsize = np.array([UPDATE_DTYPES[dtype] for dtype in self.dtypes], np.int64)
         return (self.stop.astype(np.int64) - self.start).prod(axis=1) * itemsize[self.tensor]
 
     def rows(self, bucket: int) -> slice:
@@ -164,7 +162,7 @@ class Plan:
         hops = self.instances - 1
         total, minimum = int(sent.sum()), int(self.kept_bytes.sum())
         mean = total / ranks
-        itemsize = np.array([ITEMSIZE[dtype] for dtype in self.dtypes])[self.tensor]
+        itemsize = np.array([UPDATE_DTYPES[dtype] for dtype in self.dtypes])[self.tensor]
         message = np.stack([self.bucket, itemsize, self.dst, self.src_rank])
         return Report(
             sent_bytes=tuple(sent.tolist()),
@@ -213,13 +211,13 @@ def sync_plan(
     A box that several workers keep is sent to each. Raises ValueError where the trainer does not hold what a worker
     keeps, where boxes overlap that must not, and for a bucket that has not room for two rows.
     """
-    for dtype in set(dtypes.values()) - ITEMSIZE.keys():
-        raise ValueError(f"sync plan: got dtype {dtype}, expected one of {', '.join(ITEMSIZE)}")
+    for dtype in set(dtypes.values()) - UPDATE_DTYPES.keys():
+        raise ValueError(f"sync plan: got dtype {dtype}, expected one of {', '.join(UPDATE_DTYPES)}")
     if instances < 1:
         raise ValueError(f"sync plan: got {instances} engine instances, expected at least 1")
     names = tuple(dtypes)
     index = {name: number for number, name in enumerate(names)}
-    itemsize = np.array([ITEMSIZE[dtype] for dtype in dtypes.values()], np.int64)
+    itemsize = np.array([UPDATE_DTYPES[dtype] for dtype in dtypes.values()], np.int64)
     sources, wanted = read_sources(senders, index), read_boxes(receivers, index)
     if not len(wanted.tensor):
         raise ValueError("sync plan: got no boxes of any worker, expected those of an engine")
@@ -248,7 +246,6 @@ def sync_plan(
         instances=instances,
         num_buckets=int(bucket.max()) + 1,
         bucket_bytes=bucket_bytes,
-        offset=_before((sent.volume * itemsize[sent.tensor])[order], (bucket * len(receivers) + sent.owner)[order]),
         kept_bytes=_sums(wanted.volume * itemsize[wanted.tensor], wanted.owner, len(receivers)),
         fair_bytes=fair,
         **{name: column[order].astype(np.int32) for name, column in columns.items()},

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from transformers import Qwen3MoeForCausalLM
 
-from megatron_dppo.data.addition import sample_problems, write_problems
+from megatron_dppo.data.addition import build_tokenizer, sample_problems, write_problems
 from megatron_dppo.processes import Child, free_port, start, stop_all
 from megatron_dppo.rollout.vllm_server import wait_ready
 from tests.engines.conftest import READY_DEADLINE_S, Served, faulty_server, serving
+from tests.tiny_models import deepseek_config, tiny_model
 from tools.make_quickstart_input import write_initial_model
 
 UPDATES = 10
@@ -107,6 +108,22 @@ def test_engines_get_what_ranks_have(
     assert len(rows) == UPDATES
     assert all(not row["different"] and row["tensors"] == 135 and row["tokens"] >= 8 for row in rows)
     assert max(row["worst"] for row in rows) <= 2e-5
+
+
+def test_latent_attention_on_an_engine_of_the_runs_own(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSeek-V3: cached latents, experts in groups with biased scores, shared experts, a dense layer, YaRN."""
+    path = tmp_path / "deepseek"
+    tokenizer = build_tokenizer(path)
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    tiny_model(deepseek_config(**sizes, **ids), seed=1).save_pretrained(path)
+    file = path / "config.json"  # transformers leaves out what vLLM wants to know, and the hub's files say
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}))
+    recipe |= {"model": {"path": str(path), "dtype": "float32"}, "parallel": TRAINERS["tp2_ep2"]}
+    check = command(tmp_path, recipe, "sync-check", "--updates", "3", "--json")
+    output, _ = check.communicate(timeout=DEADLINE_S)
+    assert check.returncode == 0, output
+    assert all(row["tensors"] == 53 and not row["different"] for row in json.loads(output.splitlines()[-1])["updates"])
 
 
 @pytest.mark.parametrize("engine", ["tp1"], indirect=True)
