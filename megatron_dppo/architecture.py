@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_dppo.architecture_rules import LATENT_MODEL_TYPES, rope_parameters, rope_type, unsupported_features
 
 
@@ -99,6 +102,31 @@ class Architecture:
     def sigmoid_router(self) -> bool:
         """True where experts are scored by a sigmoid and chosen by score plus bias; else softmax without bias."""
         return self.latent is not None
+
+
+def forward_flops(arch: Architecture, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Floating-point operations of a forward pass over each of some sequences f64[N], of `lengths i64[N]` tokens.
+
+    Two for each weight that a token meets (its experts only, and the head), and causal attention, quadratic in length.
+    """
+    hidden, heads, latent = arch.hidden_size, arch.num_attention_heads, arch.latent
+    if latent is None:
+        qk_width = v_width = arch.head_dim
+        attention = hidden * arch.head_dim * 2 * (heads + arch.num_key_value_heads)
+    else:
+        qk_width, v_width = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
+        queries = heads * qk_width
+        attention = hidden * queries if latent.q_lora_rank is None else latent.q_lora_rank * (hidden + queries)
+        attention += hidden * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+        attention += latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + v_width) + heads * v_width * hidden
+    experts = arch.num_experts_per_tok * arch.moe_intermediate_size + arch.shared_expert_intermediate_size
+    moe = hidden * (3 * experts + arch.num_experts)
+    num_moe = sum(arch.moe_layers)
+    weights = arch.num_layers * attention + num_moe * moe + hidden * arch.vocab_size
+    weights += (arch.num_layers - num_moe) * 3 * hidden * arch.intermediate_size
+    pairs = arch.num_layers * heads * (qk_width + v_width) / 2
+    tokens = lengths.astype(np.float64)
+    return 2 * (tokens * weights + tokens**2 * pairs)
 
 
 def load_architecture(model_path: Path | str) -> Architecture:

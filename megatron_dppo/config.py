@@ -230,9 +230,8 @@ class TrainingConfig(Section):
 
     steps: int = Field(gt=0)  # batches of rollouts
     minibatches: int = Field(4, gt=0)  # gradient steps on each batch
-    micro_batch_tokens: int = Field(
-        gt=0
-    )  # budget of one padded micro-batch: rows x longest row, before its length is rounded up to TP
+    packed: bool = True  # samples one behind the other, without padding
+    micro_batch_tokens: int = Field(gt=0)  # budget of one micro-batch; of a padded one: rows x longest row
     lr: float = Field(gt=0)
     min_lr_ratio: float = Field(1.0, ge=0, le=1)  # last learning rate over `lr`
     warmup_steps: int = Field(0, ge=0)

@@ -80,9 +80,7 @@ def score(model: Model, path: Path, least: int) -> float:
     samples = load_batch(path)
     assert len(samples) >= least
     batches = [
-        build_micro_batch(
-            [sample], num_topk=0, weights=LossWeights("tokens", 1), length_multiple=model.rank.parallel.tensor
-        )
+        build_micro_batch([sample], num_topk=0, weights=LossWeights(), length_multiple=model.rank.parallel.tensor)
         for sample in samples
     ]
     worst = torch.zeros((), dtype=torch.float64, device=model.device)

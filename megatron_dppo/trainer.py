@@ -92,6 +92,7 @@ class Trainer:
                     [next(samples) for _ in range(size)],
                     num_topk=num_topk,
                     weights=weights,
+                    packed=self.config.training.packed,
                     length_multiple=multiple,
                     skip_zero_advantage=loss.skip_zero_advantage,
                 )

@@ -10,10 +10,14 @@ in Transformer Engine's spec.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_dppo.backend.device import has_gpu
+from megatron_dppo.head.rows import to_device
 
 LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
 
@@ -29,6 +34,23 @@ LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever t
 def transformer_engine_installed() -> bool:
     """True where Transformer Engine can be used: it is importable and there is a GPU."""
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with their lengths on the host: no layer waits for a GPU."""
+
+    lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, cu_seqlens: npt.NDArray[np.int32], device: torch.device) -> PackedSequences:
+        """`cu_seqlens i32[n + 1]`: where each of n sequences begins, and the last one ends."""
+        lengths = np.diff(cu_seqlens).tolist()
+        ends, longest = to_device(cu_seqlens, device), max(lengths)
+        return cls(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest,
+            lengths=lengths,
+        )  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -57,12 +79,11 @@ class LatentNorm(RMSNorm):
 
 
 class CausalAttention(nn.Module):
-    """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, padded on the right.
+    """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, packed or padded sequences.
 
-    `softmax_scale` is None for 1 / sqrt(D).
-
-    Right padding needs no mask: a token attends only to tokens before it. Keeps what SDPA keeps for backward. No
-    collectives: heads are split over TP ranks before it.
+    `softmax_scale` is None for 1 / sqrt(D). Padding needs no mask: a token attends only to tokens before it. Packed
+    sequences are attended to one by one. Keeps what SDPA keeps for backward. No collectives: heads are split over TP
+    ranks before it.
     """
 
     def __init__(
@@ -73,8 +94,23 @@ class CausalAttention(nn.Module):
         if config.context_parallel_size != 1:
             raise ValueError(f"context parallelism: got {config.context_parallel_size}, expected 1")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [S, B, heads, D], key [S, B, groups, D], value [S, B, groups, V], of this rank -> [S, B, heads * V]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSequences | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Of this rank: query [S, B, heads, D], key [S, B, groups, D], value [S, B, groups, V] -> [S, B, heads * V]; of
+        packed sequences [S, heads, D] and so on -> [S, heads * V]."""
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        parts = (x[:, None].split(packed_seq_params.lengths) for x in (query, key, value))
+        return torch.cat([self._attend(q, k, v) for q, k, v in zip(*parts, strict=True)])[:, 0]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dppo.algorithm.objectives import TokenStats
+from megatron_dppo.backend.layers import PackedSequences
 from megatron_dppo.backend.model import Model
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
@@ -85,8 +86,9 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         index, batch = next(batches)
         input_ids = to_device(batch.input_ids, model.device)
-        positions = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)
-        output = chunk(input_ids, positions, attention_mask=None)
+        positions = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)  # rope has its own
+        packed = None if batch.cu_seqlens is None else PackedSequences.of(batch.cu_seqlens, model.device)
+        output = chunk(input_ids, positions, attention_mask=None, packed_seq_params=packed)
         return output, lambda hidden: last_stage(index, batch, hidden)
 
     iterators = [iter(enumerate(micro_batches)) for _ in model.chunks]

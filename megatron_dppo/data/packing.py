@@ -1,7 +1,7 @@
-"""From scored samples to the tensors of gradient steps: minibatches, data-parallel shares, padded micro-batches.
+"""From scored samples to the tensors of gradient steps: minibatches, data-parallel shares, micro-batches.
 
-The plan is a pure function of sample lengths, made once by the rollout client for all ranks: every data-parallel
-replica gets the same number of micro-batches, which the collectives of expert parallelism need.
+The plan is a pure function of the samples' lengths and costs, made once by the rollout client for all ranks: every
+data-parallel replica gets the same number of micro-batches, which the collectives of expert parallelism need.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ Plan = list[list[list[list[int]]]]
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Sequences padded on the right to one length, and what is known of their counted tokens.
+    """Sequences of some samples, and what is known of their counted tokens.
+
+    Packed: one behind the other in one row, `input_ids i64[1, S]`, sequence i from `cu_seqlens[i]` up to
+    `cu_seqlens[i + 1]` (`i32[n + 1]`); a few tokens of padding count as the last one's. Padded: on the right to one
+    length, `input_ids i64[B, S]`, and `cu_seqlens` is None.
 
     A token is counted when it was sampled by the policy (`loss_mask`). Of T counted tokens, in the order of the
     samples: `row i64[T]`, where the hidden state that predicts it lies in the model's [S, B] order (s * B + b);
     `target i64[T]`; `advantage f32[T]`; `mu_logprob f32[T]`; `topk_ids i64[T, K]` and `mu_topk_logprob
     f32[T, K + 1]` (last column: the target) or None; `weight f32[T]`, its share in the loss. `count`: what this
     micro-batch adds to the loss's divisor. `skipped`: counted tokens left out, for they have no gradient.
-    `input_ids i64[B, S]`.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -41,6 +44,7 @@ class MicroBatch:
     weight: npt.NDArray[np.float32]
     count: int
     skipped: int = 0
+    cu_seqlens: npt.NDArray[np.int32] | None = None
     topk_ids: npt.NDArray[np.int64] | None = None
     mu_topk_logprob: npt.NDArray[np.float32] | None = None
 
@@ -79,13 +83,16 @@ def plan_step(
     micro_batch_tokens: int,
     seed: int,
     least_micro_batches: int = 1,
+    packed: bool = True,
+    cost: npt.NDArray[np.float64] | None = None,
 ) -> Plan:
     """Splits one step's samples into gradient steps, replicas and micro-batches.
 
     Groups (responses to one prompt) are shuffled and dealt whole to the minibatches. Within one, samples go to
-    replicas so that the longest share is as short as the greedy rule gets it; each replica's share is sorted by
-    length and cut where rows x longest would exceed `micro_batch_tokens`, and into at least `least_micro_batches`.
-    `lengths i64[N]`: prompt + response.
+    replicas so that their `cost` (f64[N], of each sample; None: its length) is even, as far as the greedy rule gets it.
+    A replica's share is cut into at least `least_micro_batches`: packed ones, of even cost and at most
+    `micro_batch_tokens` tokens; or padded ones of similar lengths, where rows x longest is at most that.
+    All replicas have the same number of micro-batches, the dearest first. `lengths i64[N]`: prompt + response.
 
     Raises ValueError when there are fewer groups than minibatches or a sample exceeds the budget.
     """
@@ -97,28 +104,77 @@ def plan_step(
             f"training.micro_batch_tokens: got {micro_batch_tokens}, expected at least the longest sample's "
             f"{lengths.max()} tokens"
         )
+    cost = lengths.astype(np.float64) if cost is None else cost
     shuffled = np.random.default_rng(seed).permutation(unique)
     plan: Plan = []
     for part in np.array_split(shuffled, minibatches):
         members = np.flatnonzero(np.isin(groups, part))
-        shares = [_cut(share, lengths, micro_batch_tokens) for share in _balance(members, lengths, replicas)]
-        most = max(least_micro_batches, *(len(share) for share in shares))
-        plan.append([_stretch(share, most) for share in shares])
+        dearest_first = members[np.argsort(-cost[members], kind="stable")].tolist()
+        shares = _even(dearest_first, cost, replicas)
+        if packed:
+            plan.append(_pack(shares, lengths, cost, micro_batch_tokens, least_micro_batches))
+            continue
+        cut = [_cut(sorted(share, key=lambda i: -lengths[i]), lengths, micro_batch_tokens) for share in shares]
+        most = max(least_micro_batches, *map(len, cut))
+        plan.append([_stretch(share, most) for share in cut])
     return plan
 
 
-def _balance(members: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], replicas: int) -> list[list[int]]:
-    """Longest first, each to the replica with the fewest tokens so far."""
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    load = [0] * replicas
-    for index in members[np.argsort(-lengths[members], kind="stable")]:
-        lightest = load.index(min(load))
-        shares[lightest].append(int(index))
-        load[lightest] += int(lengths[index])
+def imbalance(plan: Plan, cost: npt.NDArray[np.float64]) -> float:
+    """The dearest replica's cost over the mean of all, in the gradient step where that is worst."""
+    worst = 1.0
+    for minibatch in plan:
+        shares = [sum(float(cost[i]) for micro_batch in replica for i in micro_batch) for replica in minibatch]
+        worst = max(worst, max(shares) * len(shares) / (sum(shares) or 1.0))
+    return worst
+
+
+def _even(
+    members: Sequence[int],
+    cost: npt.NDArray[np.float64],
+    parts: int,
+    lengths: npt.NDArray[np.int64] | None = None,
+    budget: int = 0,
+) -> list[list[int]]:
+    """Each of `members`, which come dearest first, to the part that costs least so far.
+
+    With `lengths`, to the cheapest one whose tokens stay within `budget`, or to a new part.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    load, tokens = [0.0] * parts, [0] * parts
+    for index in members:
+        length = 0 if lengths is None else int(lengths[index])
+        open_to_it = [part for part in range(len(shares)) if tokens[part] + length <= budget or lengths is None]
+        if not open_to_it:
+            shares.append([])
+            load.append(0.0)
+            tokens.append(0)
+            open_to_it = [len(shares) - 1]
+        cheapest = min(open_to_it, key=load.__getitem__)
+        shares[cheapest].append(index)
+        load[cheapest] += float(cost[index])
+        tokens[cheapest] += length
     return shares
 
 
-def _cut(share: list[int], lengths: npt.NDArray[np.int64], budget: int) -> list[list[int]]:
+def _pack(
+    shares: Sequence[Sequence[int]],
+    lengths: npt.NDArray[np.int64],
+    cost: npt.NDArray[np.float64],
+    budget: int,
+    least: int,
+) -> list[list[list[int]]]:
+    """Every share in the same number of micro-batches: the fewest that the greedy rule needs for all of them."""
+    count = max(least, *(-(-int(lengths[list(share)].sum()) // budget) for share in shares))
+    while True:
+        packed = [_even(share, cost, count, lengths, budget) for share in shares]
+        if max(map(len, packed)) == count:
+            break
+        count = max(map(len, packed))
+    return [sorted(share, key=lambda micro_batch: -float(cost[micro_batch].sum())) for share in packed]
+
+
+def _cut(share: Sequence[int], lengths: npt.NDArray[np.int64], budget: int) -> list[list[int]]:
     """`share` comes longest first, so a micro-batch is as long as its first sample."""
     micro_batches: list[list[int]] = []
     for index in share:
@@ -146,26 +202,29 @@ def build_micro_batch(
     *,
     num_topk: int,
     weights: LossWeights,
+    packed: bool = True,
     length_multiple: int = 1,
     skip_zero_advantage: bool = False,
 ) -> MicroBatch:
-    """Pads `samples` to one length, a multiple of `length_multiple` (TP under sequence parallelism).
+    """Packs `samples` into one row, or pads them to one length; a multiple of `length_multiple` (TP under sequence
+    parallelism).
 
     `num_topk`: K of the objective's Top-K; 0 leaves it out. `skip_zero_advantage` leaves out tokens whose coefficient
-    is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. With no samples: one
-    row of padding, nothing counted.
+    is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. With no samples:
+    padding, nothing counted.
     """
-    lengths = [len(s.trajectory.prompt_ids) + len(s.trajectory.response_ids) for s in samples]
-    longest = max(lengths, default=1)
-    width = -(-longest // length_multiple) * length_multiple
-    input_ids = np.zeros((max(len(samples), 1), width), np.int64)
-    parts = [
-        _tokens_of(sample, b, len(input_ids), num_topk, weights, skip_zero_advantage)
-        for b, sample in enumerate(samples)
-    ]
-    for b, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        trajectory = sample.trajectory
-        input_ids[b, :length] = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
+    texts = [np.concatenate([s.trajectory.prompt_ids, s.trajectory.response_ids]) for s in samples]
+    lengths = np.array([len(text) for text in texts], np.int64)
+    width = max(1, int(lengths.sum() if packed else lengths.max(initial=0)))
+    input_ids = np.zeros(
+        (1 if packed else max(len(samples), 1), -(-width // length_multiple) * length_multiple), np.int64
+    )
+    starts = np.cumsum(lengths) - lengths if packed else np.zeros_like(lengths)
+    parts = []
+    for b, (sample, text, start) in enumerate(zip(samples, texts, starts.tolist(), strict=True)):
+        row = 0 if packed else b
+        input_ids[row, start : start + len(text)] = text
+        parts.append(_tokens_of(sample, start, row, len(input_ids), num_topk, weights, skip_zero_advantage))
 
     def joined(name: str, dtype: type, *shape: int) -> npt.NDArray:
         return np.concatenate([part[name] for part in parts] or [np.empty((0, *shape))]).astype(dtype)
@@ -179,15 +238,17 @@ def build_micro_batch(
         weight=joined("weight", np.float32),
         count=sum(part["count"] for part in parts),
         skipped=sum(part["skipped"] for part in parts),
+        cu_seqlens=np.array([*(starts if samples else [0]), input_ids.shape[1]], np.int32) if packed else None,
         topk_ids=joined("topk_ids", np.int64, num_topk) if num_topk else None,
         mu_topk_logprob=joined("mu_topk_logprob", np.float32, num_topk + 1) if num_topk else None,
     )
 
 
 def _tokens_of(
-    sample: Scored, b: int, batch: int, num_topk: int, weights: LossWeights, skip_zero_advantage: bool
+    sample: Scored, start: int, b: int, batch: int, num_topk: int, weights: LossWeights, skip_zero_advantage: bool
 ) -> dict:
-    """The counted tokens of one sample: token j of the response is predicted at position P + j - 1."""
+    """The counted tokens of one sample, which begins at `start` in row `b` of `batch`: token j of the response is
+    predicted at its position P + j - 1."""
     trajectory = sample.trajectory
     counted = np.flatnonzero(trajectory.loss_mask)
     weight, count = weights.weigh(len(counted))
@@ -196,7 +257,7 @@ def _tokens_of(
         skipped = int((sample.advantage[counted] == 0).sum())
         counted = counted[sample.advantage[counted] != 0]
     tokens = {
-        "row": (len(trajectory.prompt_ids) + counted - 1) * batch + b,
+        "row": (start + len(trajectory.prompt_ids) + counted - 1) * batch + b,
         "target": trajectory.response_ids[counted],
         "advantage": sample.advantage[counted],
         "mu_logprob": trajectory.rollout_logprobs[counted],

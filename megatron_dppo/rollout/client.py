@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dppo.algorithm.advantages import group_advantages
-from megatron_dppo.architecture import load_architecture
+from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
 from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
@@ -31,7 +32,7 @@ from megatron_dppo.control import (
     Control,
     Orders,
 )
-from megatron_dppo.data.packing import Plan, plan_step
+from megatron_dppo.data.packing import Plan, imbalance, plan_step
 from megatron_dppo.data.prompts import Prompt, PromptSet, batch_indices, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, Reward, make_reward
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
@@ -40,6 +41,7 @@ from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
 
 MAX_SEED = 2**31 - 1
+MOST_IMBALANCE = 1.05  # of the replicas' work, beyond which the log says why
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Client:
     config: Config
     orders: Orders
     fleet: Fleet
+    arch: Architecture
     shared: Path
     tokenizer: Any
     train: Sequence[Prompt]
@@ -137,8 +140,9 @@ class Client:
             scores = await self._score(trajectories, prompts)
             samples = with_advantages(trajectories, scores, groups, self.config.advantage.normalise)
         with _timed(self.seconds, "pack"):
-            placed = place_batch(self.shared, step, samples, groups, self.config)
-        return placed | {"metrics": _batch_metrics(trajectories, scores) | {"engines": len(self.fleet.living)}}
+            placed = place_batch(self.shared, step, samples, groups, self.config, self.arch)
+        state = {"engines": len(self.fleet.living), "balance": placed["balance"]}
+        return placed | {"metrics": _batch_metrics(trajectories, scores) | state}
 
     def _request(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Request:
         """One response, with a seed of its own."""
@@ -156,25 +160,45 @@ class Client:
 
 
 def place_batch(
-    shared: Path, step: int, samples: Sequence[Scored], groups: np.ndarray, config: Config
+    shared: Path,
+    step: int,
+    samples: Sequence[Scored],
+    groups: np.ndarray,
+    config: Config,
+    arch: Architecture | None = None,
 ) -> dict[str, Any]:
-    """One file a replica in `shared`; the message says where, and how its samples divide into micro-batches."""
+    """One file a replica in `shared`; the result says where, how its samples divide into micro-batches, and how even
+    the replicas' work is. `arch`: of which a sample costs its share of operations; without it, its length.
+    """
+    lengths = np.array([sample.trajectory.num_tokens for sample in samples])
+    cost = lengths.astype(np.float64) if arch is None else forward_flops(arch, lengths)
     plan = plan_step(
-        np.array([sample.trajectory.num_tokens for sample in samples]),
+        lengths,
         groups,
         minibatches=config.training.minibatches,
         replicas=config.parallel.data,
         micro_batch_tokens=config.training.micro_batch_tokens,
         least_micro_batches=config.parallel.least_micro_batches,
         seed=int(np.random.default_rng([config.run.seed, step]).integers(MAX_SEED)),
+        packed=config.training.packed,
+        cost=cost,
     )
+    balance = imbalance(plan, cost)
+    if balance > MOST_IMBALANCE:
+        share = cost.sum() / (config.training.minibatches * config.parallel.data)
+        logging.getLogger(__name__).warning(
+            "step %d: the busiest replica has %.2f times the mean work: %d samples for %d replicas in %d minibatches, "
+            "the longest of %d tokens is %.2f of a mean share; larger minibatches would even it out",
+            step, balance, len(samples), config.parallel.data, config.training.minibatches, lengths.max(),
+            cost.max() / share,
+        )  # fmt: skip
     files, sizes = [], []
     for replica in range(config.parallel.data):
         path = shared / f"batch-{step}-{replica}.safetensors"
         save_batch(path, [samples[i] for i in _order(plan, replica)])
         files.append(str(path))
         sizes.append([[len(micro) for micro in minibatch[replica]] for minibatch in plan])
-    return {"files": files, "micro_batch_sizes": sizes}
+    return {"files": files, "micro_batch_sizes": sizes, "balance": balance}
 
 
 def with_advantages(
@@ -291,6 +315,7 @@ async def main(config: Config) -> None:
             config=config,
             orders=orders,
             fleet=fleet_of(config, engines, orders),
+            arch=load_architecture(config.model.path),
             shared=Path(os.environ[SHARED_VARIABLE]),
             tokenizer=tokenizer,
             train=train.prompts,

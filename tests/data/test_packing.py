@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dppo.data.packing import LossWeights, build_micro_batch, plan_step
+from megatron_dppo.data.packing import LossWeights, build_micro_batch, imbalance, plan_step
 from megatron_dppo.rollout.trajectory import Scored, Trajectory
 
 
@@ -27,8 +27,9 @@ def test_a_micro_batch_by_hand() -> None:
     """Two samples of 4 and 3 tokens, padded to 4; the second's middle token is the environment's."""
     first = sample([5, 6], [7, 8], [True, True], 1.0, topk=3)
     second = sample([9], [1, 2, 3][:2], [False, True], -2.0, topk=3)
-    batch = build_micro_batch([first, second], num_topk=2, weights=LossWeights("sequences"), length_multiple=4)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 2, 0]]
+    settings = {"num_topk": 2, "weights": LossWeights("sequences"), "length_multiple": 4}
+    batch = build_micro_batch([first, second], packed=False, **settings)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 2, 0]] and batch.cu_seqlens is None
     # token 7 is predicted at position 1 of row 0, 8 at position 2; 2 at position 1 of row 1: s * B + b
     assert batch.row.tolist() == [1 * 2 + 0, 2 * 2 + 0, 1 * 2 + 1]
     assert batch.target.tolist() == [7, 8, 2]
@@ -38,6 +39,12 @@ def test_a_micro_batch_by_hand() -> None:
     assert batch.mu_topk_logprob is not None
     assert batch.mu_topk_logprob.tolist() == [[-5.0, -5.0, -1.0], [-5.0, -5.0, -2.0], [-5.0, -5.0, -2.0]]
     assert batch.weight.tolist() == [0.5, 0.5, 1.0] and batch.count == 2  # the mean of each sequence's tokens
+    one_row = build_micro_batch([first, second], **settings)
+    assert one_row.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 0]]
+    assert one_row.cu_seqlens is not None and one_row.cu_seqlens.tolist() == [0, 4, 8]  # padding counts as the last's
+    assert one_row.row.tolist() == [1, 2, 5]
+    for name in ("target", "advantage", "mu_logprob", "topk_ids", "mu_topk_logprob", "weight"):
+        np.testing.assert_array_equal(getattr(one_row, name), getattr(batch, name))
 
 
 def test_loss_weights() -> None:
@@ -49,8 +56,10 @@ def test_loss_weights() -> None:
         LossWeights("constant", 0)
 
 
-def test_a_micro_batch_of_padding_only() -> None:
-    batch = build_micro_batch([], num_topk=2, weights=LossWeights(), length_multiple=2)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_micro_batch_of_padding_only(packed: bool) -> None:
+    batch = build_micro_batch([], num_topk=2, weights=LossWeights(), packed=packed, length_multiple=2)
+    assert batch.cu_seqlens is None if not packed else batch.cu_seqlens.tolist() == [0, 2]
     assert batch.input_ids.shape == (1, 2) and batch.num_tokens == 0 and batch.count == 0
     assert batch.topk_ids is not None and batch.topk_ids.shape == (0, 2)
 
@@ -66,15 +75,17 @@ def test_too_few_topk_entries_are_refused() -> None:
     minibatches=st.integers(1, 4),
     replicas=st.integers(1, 5),
     seed=st.integers(0, 10),
+    packed=st.booleans(),
 )
 def test_a_plan_uses_every_sample_once_within_budget(
-    lengths: list[int], group_size: int, minibatches: int, replicas: int, seed: int
+    lengths: list[int], group_size: int, minibatches: int, replicas: int, seed: int, packed: bool
 ) -> None:
     groups = np.arange(len(lengths)) // group_size
     minibatches = min(minibatches, int(groups.max()) + 1)
     plan = plan_step(
-        np.array(lengths), groups, minibatches=minibatches, replicas=replicas, micro_batch_tokens=64, seed=seed
-    )
+        np.array(lengths), groups, minibatches=minibatches, replicas=replicas, micro_batch_tokens=64, seed=seed,
+        packed=packed, cost=np.array(lengths, float) ** 2,
+    )  # fmt: skip
     assert len(plan) == minibatches
     used = [i for minibatch in plan for replica in minibatch for micro in replica for i in micro]
     assert sorted(used) == list(range(len(lengths)))
@@ -85,7 +96,8 @@ def test_a_plan_uses_every_sample_once_within_budget(
                    for replica in other for micro in replica for i in micro)  # fmt: skip
         for replica in minibatch:
             for micro in replica:
-                assert len(micro) * max((lengths[i] for i in micro), default=0) <= 64
+                used_lengths = [lengths[i] for i in micro]
+                assert (sum(used_lengths) if packed else len(micro) * max(used_lengths, default=0)) <= 64
 
 
 def test_replicas_get_even_shares() -> None:
@@ -93,6 +105,25 @@ def test_replicas_get_even_shares() -> None:
     ((first, second),) = plan_step(lengths, np.zeros(6), minibatches=1, replicas=2, micro_batch_tokens=40, seed=0)
     loads = [sum(lengths[i] for micro in share for i in micro) for share in (first, second)]
     assert loads == [60, 60]
+    cost = lengths.astype(float) ** 2  # the longest costs more than all others
+    ((first, second),) = plan_step(
+        lengths, np.zeros(6), minibatches=1, replicas=2, micro_batch_tokens=40, seed=0, cost=cost
+    )
+    assert sorted(i for micro in first for i in micro) == [0] and len(first) == len(second) == 2
+    assert imbalance([[first, second]], cost) == pytest.approx(1600 / ((1600 + 900 + 400 + 300) / 2))
+
+
+def test_long_tailed_lengths_are_balanced() -> None:
+    """512 lognormal lengths over 8 replicas; micro-batches of one replica cost alike, as far as their tokens permit."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(np.exp(rng.normal(np.log(400), 1.0, 512)).astype(np.int64) + 1, 4096)
+    cost = lengths * (1 + lengths / 4096)
+    plan = plan_step(lengths, np.arange(512), minibatches=1, replicas=8, micro_batch_tokens=8192, seed=0, cost=cost)
+    assert imbalance(plan, cost) <= 1.05
+    of_micro_batches = [float(cost[micro].sum()) for replica in plan[0] for micro in replica]
+    assert max(of_micro_batches) <= 1.35 * np.mean(of_micro_batches)
+    filled = [int(lengths[micro].sum()) for replica in plan[0] for micro in replica]
+    assert np.mean(filled) >= 0.8 * 8192
 
 
 def test_at_least_so_many_micro_batches() -> None:
@@ -100,7 +131,7 @@ def test_at_least_so_many_micro_batches() -> None:
     ((share,),) = plan_step(
         np.full(7, 3), np.zeros(7), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
     )
-    assert [len(micro) for micro in share] == [1, 2, 2, 2]
+    assert sorted(len(micro) for micro in share) == [1, 2, 2, 2]
     ((share,),) = plan_step(
         np.full(2, 3), np.zeros(2), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
     )

@@ -14,7 +14,7 @@ from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import policy_gradients
 from tests.distributed.rank_pool import RankPool
-from tests.distributed.test_model_exactness import random_batch
+from tests.distributed.test_model_exactness import packed, random_batch
 from tests.tiny_models import deepseek_config, qwen2_config, read_checkpoint, tiny_config, tiny_model, write_checkpoint
 
 TOLERANCE = 1e-5  # relative, in the Frobenius norm of each tensor
@@ -58,9 +58,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_checkpoint(tmp_path_factory.mktemp(request.param), model)
 
 
+LENGTHS = ([7, 12], [5], [9, 3, 4], [10])
+
+
 def micro_batches() -> list[MicroBatch]:
     """Two micro-batches for each of two replicas, of unequal size, with advantages of both signs."""
-    batches = [random_batch(64, lengths, seed) for seed, lengths in enumerate(([7, 12], [5], [9, 3, 4], [10]))]
+    batches = [random_batch(64, lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     rng = np.random.default_rng(0)
     return [replace(b, advantage=rng.normal(size=b.num_tokens).astype(np.float32)) for b in batches]
 
@@ -115,8 +118,9 @@ def check(
     memory: HeadMemory = HeadMemory(),
     overlap: bool = False,
 ) -> None:
-    batches = micro_batches()
-    shares = [batches] if parallel.data == 1 else [batches[:2], batches[2:]]
+    batches = micro_batches()  # the first is computed padded, the others packed
+    used = batches[:1] + [packed(batch, lengths) for batch, lengths in zip(batches[1:], LENGTHS[1:], strict=True)]
+    shares = [used] if parallel.data == 1 else [used[:2], used[2:]]
     answers = ranks.run(policy_gradients, parallel, checkpoint, shares, memory, overlap)
     expected = transformers_gradients(checkpoint, batches)
     assert expected.keys() == answers[0].keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
     )  # fmt: skip
 
 
+def packed(batch: MicroBatch, lengths: list[int]) -> MicroBatch:
+    """The same samples one behind the other, and padding to a multiple of 4; tokens keep their order."""
+    starts, total = np.cumsum([0, *lengths]), -(-sum(lengths) // 4) * 4
+    ids = np.zeros((1, total), np.int64)
+    for b, length in enumerate(lengths):
+        ids[0, starts[b] : starts[b] + length] = batch.input_ids[b, :length]
+    s, b = np.divmod(batch.row, len(lengths))
+    cu_seqlens = np.array([*starts[:-1], total], np.int32)
+    return replace(batch, input_ids=ids, row=starts[b] + s, cu_seqlens=cu_seqlens)
+
+
 def transformers_stats(path: Path, batch: MicroBatch, temperature: float, **changes: Any) -> dict[str, np.ndarray]:
     model = read_checkpoint(path, **changes)
     with torch.no_grad():
@@ -123,11 +135,13 @@ def transformers_stats(path: Path, batch: MicroBatch, temperature: float, **chan
 def test_statistics_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
     parallel = (LAYOUTS | DEEP_LAYOUTS)[layout]
     vocab_size = _vocab_size(checkpoint)
-    batches = [random_batch(vocab_size, [9, 16, 5], seed=1), random_batch(vocab_size, [12, 3], seed=2)]
-    answers = ranks.run(policy_stats, parallel, checkpoint, batches, 0.8)
+    lengths = ([9, 16, 5], [12, 3])
+    padded = [random_batch(vocab_size, each, seed) for seed, each in enumerate(lengths)]
+    both = padded + [packed(batch, each) for batch, each in zip(padded, lengths, strict=True)]
+    answers = ranks.run(policy_stats, parallel, checkpoint, both, 0.8)
     last_stage = [answer for answer in answers if answer]
     assert len(last_stage) == parallel.ranks // parallel.pipeline
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(padded * 2):
         expected = transformers_stats(checkpoint, batch, 0.8)
         for answer in last_stage:
             for name, values in expected.items():
