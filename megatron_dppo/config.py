@@ -73,6 +73,7 @@ class ParallelConfig(Section):
     pipeline: int = Field(1, ge=1)
     virtual: int = Field(1, ge=1)  # chunks of layers on each pipeline rank
     chunk_layers: tuple[int, ...] | None = None  # of chunk v of rank p at place v x pipeline + p; null: all alike
+    context: int = Field(1, ge=1)  # ranks that share each sequence; needs training.packed
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
     distributed_optimizer: bool = True
@@ -82,13 +83,20 @@ class ParallelConfig(Section):
     def layout(self) -> Parallel:
         """The same degrees for `weights.layout`; raises ValueError where they do not fit the ranks."""
         return Parallel(
-            self.tensor, self.expert, self.expert_tensor, self.pipeline, self.ranks, self.virtual, self.chunk_layers
+            tensor=self.tensor,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
+            pipeline=self.pipeline,
+            ranks=self.ranks,
+            virtual=self.virtual,
+            chunk_layers=self.chunk_layers,
+            context=self.context,
         )
 
     @property
     def data(self) -> int:
-        """Data-parallel replicas of the dense layers: what tensor and pipeline leave of the ranks."""
-        return self.ranks // (self.tensor * self.pipeline)
+        """Data-parallel replicas of the dense layers: what tensor, context and pipeline leave of the ranks."""
+        return self.ranks // (self.tensor * self.context * self.pipeline)
 
     @property
     def least_micro_batches(self) -> int:

@@ -135,7 +135,7 @@ def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
 
 def _ranks(parallel: ParallelConfig) -> Iterator[str]:
     """The ranks divide into both grids, the dense layers' and the experts'."""
-    for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
+    for names in (("tensor", "context", "pipeline"), ("expert", "expert_tensor", "pipeline")):
         size = math.prod(getattr(parallel, name) for name in names)
         if parallel.ranks % size:
             yield f"parallel.ranks: got {parallel.ranks}, expected a multiple of {' x '.join(names)} = {size}"
@@ -326,6 +326,11 @@ def _replicas(rollout: RolloutConfig, training: TrainingConfig, parallel: Parall
         )
 
 
+def _packed(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.context > 1 and not training.packed:
+        yield f"training.packed: got false, expected true: parallel.context {parallel.context} divides packed sequences"
+
+
 def _schedule(training: TrainingConfig) -> Iterator[str]:
     if training.schedule == "constant":
         if training.min_lr_ratio != 1.0:
@@ -416,6 +421,7 @@ RULES = (
     _micro_batch,
     _minibatches,
     _replicas,
+    _packed,
     _schedule,
     _loss,
     _head,

@@ -19,7 +19,7 @@ from megatron_dppo.backend.parallel import finalise_parallel, initialise_paralle
 from megatron_dppo.backend.step import stats_pass
 from megatron_dppo.config import Config, load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, order_key, reply_key
-from megatron_dppo.data.packing import LossWeights, build_micro_batch
+from megatron_dppo.data.packing import LossWeights, build_micro_batch, context_share
 from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import weight_senders
 from megatron_dppo.weights.fingerprint import fingerprints
@@ -77,16 +77,27 @@ def change_weights(model: Model, seed: int) -> None:
 
 def score(model: Model, path: Path, least: int) -> float:
     """The largest difference between recorded log-probs and the model's. One all-reduce."""
-    samples = load_batch(path)
+    samples, layout = load_batch(path), model.rank.parallel
     assert len(samples) >= least
     batches = [
-        build_micro_batch([sample], num_topk=0, weights=LossWeights(), length_multiple=model.rank.parallel.tensor)
+        context_share(
+            build_micro_batch(
+                [sample],
+                num_topk=0,
+                weights=LossWeights(),
+                length_multiple=layout.length_multiple,
+                sequence_multiple=layout.sequence_multiple,
+            ),
+            layout.context,
+            model.rank.at.context,
+        )
         for sample in samples
     ]
     worst = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch, stats in zip(batches, stats_pass(model, batches), strict=False):  # nothing but on the last stage
         mu = torch.from_numpy(batch.mu_logprob).to(model.device)
-        worst = torch.maximum(worst, (stats.logprob - mu).abs().max().double())
+        if batch.num_tokens:
+            worst = torch.maximum(worst, (stats.logprob - mu).abs().max().double())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return float(worst)
 

@@ -35,7 +35,7 @@ from megatron_dppo.backend.parallel import finalise_parallel, initialise_paralle
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.config import Config, Transport, load_config, num_recorded_topk, objective_of
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, order_key, reply_key
-from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
+from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, context_share
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rollout.trajectory import load_batch
@@ -80,25 +80,30 @@ class Trainer:
         return start + self.config.training.rollout_timeout_s
 
     def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
-        """This replica's samples as minibatches of micro-batches."""
-        replica = self.model.rank.at.data
-        samples = iter(load_batch(Path(order["files"][replica])))
+        """This replica's samples as minibatches of micro-batches; this context rank's part of each."""
+        at = self.model.rank.at
+        samples = iter(load_batch(Path(order["files"][at.data])))
         loss, num_topk = self.config.loss, num_recorded_topk(self.config)
         weights = LossWeights(loss.normaliser, loss.constant or 1)
-        multiple = self.config.parallel.tensor
+        layout = self.config.parallel.layout
         return [
             [
-                build_micro_batch(
-                    [next(samples) for _ in range(size)],
-                    num_topk=num_topk,
-                    weights=weights,
-                    packed=self.config.training.packed,
-                    length_multiple=multiple,
-                    skip_zero_advantage=loss.skip_zero_advantage,
+                context_share(
+                    build_micro_batch(
+                        [next(samples) for _ in range(size)],
+                        num_topk=num_topk,
+                        weights=weights,
+                        packed=self.config.training.packed,
+                        length_multiple=layout.length_multiple,
+                        sequence_multiple=layout.sequence_multiple,
+                        skip_zero_advantage=loss.skip_zero_advantage,
+                    ),
+                    layout.context,
+                    at.context,
                 )
                 for size in sizes
             ]
-            for sizes in order["micro_batch_sizes"][replica]
+            for sizes in order["micro_batch_sizes"][at.data]
         ]
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:

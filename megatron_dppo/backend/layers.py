@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.head.rows import to_device
@@ -82,8 +85,10 @@ class CausalAttention(nn.Module):
     """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, packed or padded sequences.
 
     `softmax_scale` is None for 1 / sqrt(D). Padding needs no mask: a token attends only to tokens before it. Packed
-    sequences are attended to one by one. Keeps what SDPA keeps for backward. No collectives: heads are split over TP
-    ranks before it.
+    sequences are attended to one by one. Keeps what SDPA keeps for backward. Heads are split over TP ranks before it.
+
+    Under context parallelism each rank has two chunks of every packed sequence (`data.packing.context_share`). One
+    all-gather over the context group brings it the keys and values of all tokens; one reduce-scatter in backward.
     """
 
     def __init__(
@@ -91,8 +96,7 @@ class CausalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        if config.context_parallel_size != 1:
-            raise ValueError(f"context parallelism: got {config.context_parallel_size}, expected 1")
+        self.context = config.context_parallel_size
 
     def forward(
         self,
@@ -106,15 +110,39 @@ class CausalAttention(nn.Module):
         """Of this rank: query [S, B, heads, D], key [S, B, groups, D], value [S, B, groups, V] -> [S, B, heads * V]; of
         packed sequences [S, heads, D] and so on -> [S, heads * V]."""
         if packed_seq_params is None:
+            assert self.context == 1, "context parallelism divides packed sequences"
             return self._attend(query, key, value)
+        if self.context > 1:
+            return self._attend_over_context(query, key, value, packed_seq_params.lengths)
         parts = (x[:, None].split(packed_seq_params.lengths) for x in (query, key, value))
         return torch.cat([self._attend(q, k, v) for q, k, v in zip(*parts, strict=True)])[:, 0]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last query attends to all keys, each one before to one less; as many queries as keys, or fewer."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_over_context(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        rank, last = group.rank(), 2 * self.context - 1
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+        of_ranks = both.view(self.context, len(key), *both.shape[1:])
+        out, start = [], 0
+        for length in lengths:
+            chunk = length // (last + 1)
+            begins, ends = (of_ranks[:, at : at + chunk] for at in (start, start + chunk))
+            in_order = torch.cat([begins.flatten(0, 1), ends.flip(0).flatten(0, 1)])[:, None]  # the ends run backwards
+            k, v = in_order.split([key.shape[-1], value.shape[-1]], dim=-1)
+            for number, at in ((rank, start), (last - rank, start + chunk)):
+                seen = (number + 1) * chunk
+                out.append(self._attend(query[at : at + chunk, None], k[:seen], v[:seen]))
+            start += 2 * chunk
+        return torch.cat(out)[:, 0]
 
 
 class HiddenStatesOutput(ColumnParallelLinear):

@@ -40,7 +40,7 @@ class Rank:
 
     @property
     def reports(self) -> bool:
-        """True on one rank of each data-parallel replica: the one whose sums are counted."""
+        """True on the ranks whose sums are counted: one for each part of the tokens."""
         return self.is_last_stage and self.at.tensor == 0
 
 
@@ -59,6 +59,7 @@ def initialise_parallel(parallel: Parallel, seed: int, timeout_s: float = 600.0)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -75,13 +76,14 @@ def _assert_same_grid(at: Coordinates) -> None:
     """The layouts are computed from `coordinates`; Megatron must agree about who is who."""
     theirs = (
         parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_expert_tensor_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
         parallel_state.get_expert_data_parallel_rank(),
     )
-    ours = (at.tensor, at.data, at.pipeline, at.expert_tensor, at.expert, at.expert_data)
+    ours = (at.tensor, at.context, at.data, at.pipeline, at.expert_tensor, at.expert, at.expert_data)
     assert theirs == ours, f"Megatron's rank order changed: {theirs}, expected {ours}"
 
 

@@ -7,8 +7,8 @@ data-parallel replica gets the same number of micro-batches, which the collectiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ Normaliser = Literal["tokens", "sequences", "constant"]
 
 # plan[minibatch][replica][micro_batch] = positions of samples; an empty list is a micro-batch of padding only
 Plan = list[list[list[list[int]]]]
+_OF_TOKENS = ("target", "advantage", "mu_logprob", "weight", "topk_ids", "mu_topk_logprob")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class MicroBatch:
     """Sequences of some samples, and what is known of their counted tokens.
 
     Packed: one behind the other in one row, `input_ids i64[1, S]`, sequence i from `cu_seqlens[i]` up to
-    `cu_seqlens[i + 1]` (`i32[n + 1]`); a few tokens of padding count as the last one's. Padded: on the right to one
+    `cu_seqlens[i + 1]` (`i32[n + 1]`), a few tokens of padding at its end included. Padded: on the right to one
     length, `input_ids i64[B, S]`, and `cu_seqlens` is None.
 
     A token is counted when it was sampled by the policy (`loss_mask`). Of T counted tokens, in the order of the
@@ -204,17 +205,18 @@ def build_micro_batch(
     weights: LossWeights,
     packed: bool = True,
     length_multiple: int = 1,
+    sequence_multiple: int = 1,
     skip_zero_advantage: bool = False,
 ) -> MicroBatch:
     """Packs `samples` into one row, or pads them to one length; a multiple of `length_multiple` (TP under sequence
-    parallelism).
+    parallelism). Each packed sequence is padded to a multiple of `sequence_multiple` (2 x CP).
 
     `num_topk`: K of the objective's Top-K; 0 leaves it out. `skip_zero_advantage` leaves out tokens whose coefficient
     is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. With no samples:
     padding, nothing counted.
     """
     texts = [np.concatenate([s.trajectory.prompt_ids, s.trajectory.response_ids]) for s in samples]
-    lengths = np.array([len(text) for text in texts], np.int64)
+    lengths = np.array([-(-len(text) // sequence_multiple) * sequence_multiple for text in texts], np.int64)
     width = max(1, int(lengths.sum() if packed else lengths.max(initial=0)))
     input_ids = np.zeros(
         (1 if packed else max(len(samples), 1), -(-width // length_multiple) * length_multiple), np.int64
@@ -241,6 +243,35 @@ def build_micro_batch(
         cu_seqlens=np.array([*(starts if samples else [0]), input_ids.shape[1]], np.int32) if packed else None,
         topk_ids=joined("topk_ids", np.int64, num_topk) if num_topk else None,
         mu_topk_logprob=joined("mu_topk_logprob", np.float32, num_topk + 1) if num_topk else None,
+    )
+
+
+def context_share(batch: MicroBatch, context: int, rank: int) -> MicroBatch:
+    """What context rank `rank` of `context` computes of a packed micro-batch: of every sequence two of 2 x `context`
+    chunks, one from its begin and one from its end, so that causal attention costs all ranks the same.
+
+    `cu_seqlens` stay those of the whole sequences. The divisor's `count` is the first rank's.
+    """
+    if context == 1:
+        return batch
+    assert batch.cu_seqlens is not None, "context parallelism divides packed sequences"
+    kept = []
+    for start, stop in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist(), strict=False):
+        chunks = np.arange(start, stop).reshape(2 * context, -1)
+        kept += [chunks[rank], chunks[2 * context - 1 - rank]]
+    positions = np.concatenate(kept)
+    place = np.full(batch.input_ids.shape[1], -1, np.int64)
+    place[positions] = np.arange(len(positions))
+    mine = place[batch.row] >= 0
+
+    tokens: dict[str, Any] = {name: values[mine] for name in _OF_TOKENS if (values := getattr(batch, name)) is not None}
+    return replace(
+        batch,
+        **tokens,
+        input_ids=batch.input_ids[:, positions],
+        row=place[batch.row[mine]],
+        count=batch.count if rank == 0 else 0,
+        skipped=batch.skipped if rank == 0 else 0,
     )
 
 

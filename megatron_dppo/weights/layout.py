@@ -29,13 +29,14 @@ class Parallel:
     ranks: int = 1
     virtual: int = 1
     chunk_layers: tuple[int, ...] | None = None
+    context: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks", "virtual"):
+        for name in ("tensor", "expert", "expert_tensor", "pipeline", "ranks", "virtual", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}: got {getattr(self, name)}, expected at least 1")
         for name, size in (
-            ("tensor x pipeline", self.tensor * self.pipeline),
+            ("tensor x context x pipeline", self.tensor * self.context * self.pipeline),
             ("expert x expert_tensor x pipeline", self.expert * self.expert_tensor * self.pipeline),
         ):
             if self.ranks % size:
@@ -55,14 +56,25 @@ class Parallel:
     @property
     def data(self) -> int:
         """Data-parallel replicas of the dense part."""
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.ranks // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Of the tokens in a packed sequence: each context rank has two chunks of it."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def length_multiple(self) -> int:
+        """Of the tokens in a micro-batch: besides, each tensor rank has an equal share under sequence parallelism."""
+        return self.tensor * self.sequence_multiple
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place in the dense grid (tensor, data, pipeline) and in the experts' grid."""
+    """A rank's place in the dense grid (tensor, context, data, pipeline) and in the experts' grid."""
 
     tensor: int
+    context: int
     data: int
     pipeline: int
     expert_tensor: int
@@ -71,14 +83,15 @@ class Coordinates:
 
 
 def coordinates(parallel: Parallel, rank: int) -> Coordinates:
-    """Megatron's default rank order: tensor fastest, then data, then pipeline; likewise in the experts' grid."""
+    """Megatron's default rank order: tensor fastest, then context, data and pipeline; likewise in the experts' grid."""
     if not 0 <= rank < parallel.ranks:
         raise ValueError(f"rank: got {rank}, expected 0..{parallel.ranks - 1}")
     pipeline, within = divmod(rank, parallel.ranks // parallel.pipeline)
-    data, tensor = divmod(within, parallel.tensor)
+    replica, tensor = divmod(within, parallel.tensor)
+    data, context = divmod(replica, parallel.context)
     rest, expert_tensor = divmod(within, parallel.expert_tensor)
     expert_data, expert = divmod(rest, parallel.expert)
-    return Coordinates(tensor, data, pipeline, expert_tensor, expert, expert_data)
+    return Coordinates(tensor, context, data, pipeline, expert_tensor, expert, expert_data)
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
@@ -209,7 +222,7 @@ def _divide(size: int, parts: int, what: str, key: str) -> int:
 
 def _pieces(entry: Entry, name: str, parallel: Parallel, at: Coordinates, computing_copy: bool) -> Iterator[Piece]:
     if entry.expert is None:
-        parts, part, replicas_before = parallel.tensor, at.tensor, at.data
+        parts, part, replicas_before = parallel.tensor, at.tensor, at.data * parallel.context + at.context
     else:
         parts, part, replicas_before = parallel.expert_tensor, at.expert_tensor, at.expert_data
     replica = replicas_before if entry.split != "replicated" else replicas_before * parts + part

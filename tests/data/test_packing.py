@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dppo.data.packing import LossWeights, build_micro_batch, imbalance, plan_step
+from megatron_dppo.data.packing import LossWeights, build_micro_batch, context_share, imbalance, plan_step
 from megatron_dppo.rollout.trajectory import Scored, Trajectory
 
 
@@ -45,6 +45,25 @@ def test_a_micro_batch_by_hand() -> None:
     assert one_row.row.tolist() == [1, 2, 5]
     for name in ("target", "advantage", "mu_logprob", "topk_ids", "mu_topk_logprob", "weight"):
         np.testing.assert_array_equal(getattr(one_row, name), getattr(batch, name))
+
+
+def test_context_ranks_share_every_sequence() -> None:
+    """Sequences of 6 and 3 tokens, padded to 8 and 4: rank 0 of 2 has the first and last quarter of each."""
+    first = sample([5, 6], [7, 8, 9, 10], [True] * 4, 1.0, topk=2)
+    second = sample([9], [1, 2], [False, True], -2.0, topk=2)
+    whole = build_micro_batch(
+        [first, second], num_topk=2, weights=LossWeights("sequences"), length_multiple=4, sequence_multiple=4
+    )
+    assert whole.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0, 9, 1, 2, 0]]
+    assert whole.cu_seqlens is not None and whole.cu_seqlens.tolist() == [0, 8, 12]
+    assert whole.row.tolist() == [1, 2, 3, 4, 9]
+    zero, one = (context_share(whole, 2, rank) for rank in range(2))
+    assert zero.input_ids.tolist() == [[5, 6, 0, 0, 9, 0]] and one.input_ids.tolist() == [[7, 8, 9, 10, 1, 2]]
+    assert (zero.row.tolist(), zero.target.tolist()) == ([1], [7])
+    assert (one.row.tolist(), one.target.tolist()) == ([0, 1, 2, 4], [8, 9, 10, 2])
+    assert one.mu_logprob.tolist() == [-2.0, -3.0, -4.0, -2.0] and one.weight.tolist() == [0.25, 0.25, 0.25, 1.0]
+    assert (zero.count, one.count) == (2, 0)  # of the divisor, once
+    assert zero.cu_seqlens is whole.cu_seqlens
 
 
 def test_loss_weights() -> None:

@@ -21,7 +21,7 @@ from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.control import Control
-from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.data.packing import MicroBatch, context_share
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.engine import Manifest
@@ -61,6 +61,12 @@ def policy_stats(rank: Rank, path: Path, batches: list[MicroBatch], temperature:
     ]
 
 
+def context_stats(rank: Rank, path: Path, batches: list[MicroBatch], temperature: float) -> list[dict[str, np.ndarray]]:
+    """As `policy_stats`, of this context rank's share of each batch."""
+    shares = [context_share(batch, rank.parallel.context, rank.at.context) for batch in batches]
+    return policy_stats(rank, path, shares, temperature)
+
+
 def policy_gradients(
     rank: Rank,
     path: Path,
@@ -82,7 +88,7 @@ def policy_gradients(
         overlap_grad_reduce=overlap_grad_reduce,
     )
     model = replace(model, chunks=optimizer.chunks)
-    mine = batches[rank.at.data]
+    mine = [context_share(batch, rank.parallel.context, rank.at.context) for batch in batches[rank.at.data]]
 
     def coefficient(index: int, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         advantage = torch.from_numpy(mine[index].advantage)[tokens]

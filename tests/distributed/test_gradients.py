@@ -36,6 +36,12 @@ LAYOUTS = {
     "tp2_dp2_ep2": Parallel(tensor=2, expert=2, ranks=4),
     "dense_tp4": Parallel(tensor=4, ranks=4),
 }
+CONTEXT_LAYOUTS = {
+    "cp2": Parallel(context=2, ranks=2),
+    "tp2_cp2_ep2": Parallel(tensor=2, context=2, expert=2, ranks=4),
+    "cp2_pp2": Parallel(context=2, pipeline=2, ranks=4),
+    "cp2_dp2_ep2": Parallel(context=2, expert=2, ranks=4),
+}
 DEEP_LAYOUTS = {  # for models of four layers
     "pp2_virtual2": Parallel(pipeline=2, virtual=2, ranks=2),
     "pp2_virtual2_dp2": Parallel(pipeline=2, virtual=2, ranks=4),
@@ -49,6 +55,8 @@ CASES = [
     *(("qwen2", layout) for layout in ("single", "pp2", "dense_tp4")),
     *(("deepseek_v3", layout) for layout in ("single", "etp2", "tp2_ep2_pp2", "tp2_dp2_ep2")),
     *((model, layout) for model in ("moe_and_dense", "tied") for layout in DEEP_LAYOUTS),
+    *((model, layout) for model in MODELS for layout in CONTEXT_LAYOUTS),
+    *((model, "tp2_cp2_ep2") for model in ("deepseek_v3",)),
 ]
 
 
@@ -99,7 +107,7 @@ def _hub(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize(("checkpoint", "layout"), CASES, indirect=["checkpoint"])
 def test_gradients_equal_transformers(ranks: RankPool, checkpoint: Path, layout: str) -> None:
-    check(ranks, checkpoint, (LAYOUTS | DEEP_LAYOUTS)[layout])
+    check(ranks, checkpoint, (LAYOUTS | DEEP_LAYOUTS | CONTEXT_LAYOUTS)[layout])
 
 
 @pytest.mark.parametrize(("path", "overlap"), [("store", True), ("chunk", False), ("chunk", True)])
@@ -118,8 +126,10 @@ def check(
     memory: HeadMemory = HeadMemory(),
     overlap: bool = False,
 ) -> None:
-    batches = micro_batches()  # the first is computed padded, the others packed
-    used = batches[:1] + [packed(batch, lengths) for batch, lengths in zip(batches[1:], LENGTHS[1:], strict=True)]
+    batches, multiple = micro_batches(), parallel.sequence_multiple
+    used = [packed(batch, lengths, multiple) for batch, lengths in zip(batches, LENGTHS, strict=True)]
+    if parallel.context == 1:
+        used[0] = batches[0]  # the first is computed padded
     shares = [used] if parallel.data == 1 else [used[:2], used[2:]]
     answers = ranks.run(policy_gradients, parallel, checkpoint, shares, memory, overlap)
     expected = transformers_gradients(checkpoint, batches)

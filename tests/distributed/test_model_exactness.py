@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dppo.data.packing import MicroBatch
-from megatron_dppo.weights.layout import Parallel
-from tests.distributed.jobs import loading_warnings, policy_stats
+from megatron_dppo.weights.layout import Parallel, coordinates
+from tests.distributed.jobs import context_stats, loading_warnings, policy_stats
 from tests.distributed.rank_pool import RankPool
 from tests.tiny_models import (
     YARN,
@@ -63,6 +63,13 @@ LAYOUTS = {
     "tp4": Parallel(tensor=4, expert=4, ranks=4),
     "dense_tp4": Parallel(tensor=4, ranks=4),
 }
+CONTEXT_LAYOUTS = {
+    "cp2": Parallel(context=2, ranks=2),
+    "cp4": Parallel(context=4, ranks=4),
+    "tp2_cp2": Parallel(tensor=2, context=2, ranks=4),
+    "cp2_ep4": Parallel(context=2, expert=4, ranks=4),
+    "cp2_pp2": Parallel(context=2, pipeline=2, ranks=4),
+}
 DEEP_LAYOUTS = {  # for models of four layers
     "pp2_virtual2": Parallel(pipeline=2, virtual=2, ranks=2),
     "pp4_uneven": Parallel(pipeline=4, ranks=4, chunk_layers=(0, 2, 2, 0)),
@@ -103,9 +110,10 @@ def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
     )  # fmt: skip
 
 
-def packed(batch: MicroBatch, lengths: list[int]) -> MicroBatch:
-    """The same samples one behind the other, and padding to a multiple of 4; tokens keep their order."""
-    starts, total = np.cumsum([0, *lengths]), -(-sum(lengths) // 4) * 4
+def packed(batch: MicroBatch, lengths: list[int], multiple: int = 1) -> MicroBatch:
+    """The same samples one behind the other, each padded to `multiple`, all to one of 16; tokens keep their order."""
+    starts = np.cumsum([0, *(-(-length // multiple) * multiple for length in lengths)])
+    total = -(-starts[-1] // 16) * 16
     ids = np.zeros((1, total), np.int64)
     for b, length in enumerate(lengths):
         ids[0, starts[b] : starts[b] + length] = batch.input_ids[b, :length]
@@ -148,6 +156,41 @@ def test_statistics_equal_transformers(ranks: RankPool, checkpoint: Path, layout
                 np.testing.assert_allclose(answer[index][name], values, rtol=0, atol=TOLERANCE, err_msg=name)
                 # every TP rank must see the very same bits, or the ranks would mask differently
                 np.testing.assert_array_equal(answer[index][name], last_stage[0][index][name])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "layout"),
+    [
+        *(("plain", layout) for layout in CONTEXT_LAYOUTS),
+        *((model, "tp2_cp2") for model in ("tied", "odd_vocabulary_one_kv_head", *LATENT_MODELS)),
+        *((model, "cp4") for model in ("qwen2", "llama3", *LATENT_MODELS)),
+    ],
+    indirect=["checkpoint"],
+)
+def test_statistics_over_context_ranks(ranks: RankPool, checkpoint: Path, layout: str) -> None:
+    """Each context rank has its part of the tokens; together they have each once."""
+    parallel, lengths = CONTEXT_LAYOUTS[layout], [9, 16, 5]
+    batch = random_batch(_vocab_size(checkpoint), lengths, seed=1)
+    whole = packed(batch, lengths, parallel.sequence_multiple)
+    expected = transformers_stats(checkpoint, batch, 0.8)
+    answers = ranks.run(context_stats, parallel, checkpoint, [whole], 0.8)
+    seen = np.zeros(len(batch.row), int)
+    for rank, answer in enumerate(answers):
+        at = coordinates(parallel, rank)
+        if at.pipeline == parallel.pipeline - 1:
+            mine = of_context_rank(whole, parallel, at.context)
+            for name, values in expected.items():
+                np.testing.assert_allclose(answer[0][name], values[mine], rtol=0, atol=TOLERANCE, err_msg=name)
+            seen[mine] += at.tensor == 0
+    assert (seen == parallel.data).all()
+
+
+def of_context_rank(batch: MicroBatch, parallel: Parallel, rank: int) -> np.ndarray:
+    """Which tokens are those of a context rank, told from positions alone: i64[n]."""
+    starts, stops = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+    sequence = np.searchsorted(stops, batch.row, "right")
+    chunk = (batch.row - starts[sequence]) // ((stops - starts)[sequence] // (2 * parallel.context))
+    return np.flatnonzero((chunk == rank) | (chunk == 2 * parallel.context - 1 - rank))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ LAYOUTS = {
     "dp2_ep2": Parallel(expert=2, ranks=2),
     "pp2": Parallel(pipeline=2, ranks=2),
     "tp2_ep2_pp2": Parallel(tensor=2, expert=2, pipeline=2, ranks=4),
+    "cp2": Parallel(context=2, ranks=2),
+    "tp2_cp2_ep2": Parallel(tensor=2, context=2, expert=2, ranks=4),
+    "cp2_dp2_ep2": Parallel(context=2, expert=2, ranks=4),
     "pp2_virtual2_dp2": Parallel(pipeline=2, virtual=2, ranks=4),
     "tp2_ep2_pp2_virtual2_uneven": Parallel(
         tensor=2, expert=2, pipeline=2, virtual=2, ranks=4, chunk_layers=(1, 2, 0, 1)
@@ -155,6 +158,17 @@ def check_two_steps(ranks: RankPool, checkpoint: Path, objective: str, parallel:
     # the masks did something, on both sides, or this compares nothing
     assert expected_metrics[0]["masked_share_positive"] > 0 and expected_metrics[0]["masked_share_negative"] > 0
     assert expected_metrics[0]["loss"] != expected_metrics[1]["loss"]
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2", "pp2", "dp2_ep2"])
+def test_padding_changes_nothing(ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    expected, _ = on_one_rank(ranks, checkpoint, "binary_tv", checkpoint.parent)
+    training = {"steps": 2, "minibatches": 2, "micro_batch_tokens": 40, "lr": 1e-3, "eps": 1e-5, "packed": False}
+    settings = config(LAYOUTS[layout], **OBJECTIVES["binary_tv"], training=training)
+    weights, _ = ranks.run(rl_steps, LAYOUTS[layout], checkpoint, settings, *samples(checkpoint), tmp_path)[0]
+    for name, tensor in expected.items():
+        error = np.linalg.norm(weights[name] - tensor) / np.linalg.norm(tensor)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("layout", ["tp2_ep2", "pp2"])

@@ -143,12 +143,19 @@ def test_experts_and_layers_have_local_names() -> None:
 
 def test_coordinates_are_megatrons_default_order() -> None:
     parallel = Parallel(tensor=2, expert=2, pipeline=2, ranks=8)
-    assert coordinates(parallel, 0) == Coordinates(0, 0, 0, 0, 0, 0)
+    assert coordinates(parallel, 0) == Coordinates(0, 0, 0, 0, 0, 0, 0)
     assert coordinates(parallel, 3) == Coordinates(
-        tensor=1, data=1, pipeline=0, expert_tensor=0, expert=1, expert_data=1
+        tensor=1, context=0, data=1, pipeline=0, expert_tensor=0, expert=1, expert_data=1
     )
     assert coordinates(parallel, 6) == Coordinates(
-        tensor=0, data=1, pipeline=1, expert_tensor=0, expert=0, expert_data=1
+        tensor=0, context=0, data=1, pipeline=1, expert_tensor=0, expert=0, expert_data=1
+    )
+    parallel = Parallel(tensor=2, context=2, expert=2, pipeline=2, ranks=16)
+    assert coordinates(parallel, 15) == Coordinates(
+        tensor=1, context=1, data=1, pipeline=1, expert_tensor=0, expert=1, expert_data=3
+    )
+    assert coordinates(parallel, 10) == Coordinates(
+        tensor=0, context=1, data=0, pipeline=1, expert_tensor=0, expert=0, expert_data=1
     )
 
 
@@ -195,7 +202,7 @@ def test_layouts_that_do_not_divide_the_model_are_refused(parallel: Parallel, me
 
 
 def test_ranks_must_be_a_multiple_of_the_model_parallel_size() -> None:
-    with pytest.raises(ValueError, match="tensor x pipeline = 4, expected a divisor of ranks = 6"):
+    with pytest.raises(ValueError, match="tensor x context x pipeline = 4, expected a divisor of ranks = 6"):
         Parallel(tensor=2, pipeline=2, ranks=6)
 
 
