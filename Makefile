@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines lint types format clean
+.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines test-long lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ test-dist: $(STAMP)  ## Several ranks over gloo
 
 test-engines: $(STAMP)  ## Real rollout engines
 	$(PYTEST) tests/engines $(ARGS)
+
+test-long: $(STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (half an hour)
+	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)
+	MDPPO_ALL_PAIRS=1 $(PYTEST) tests/engines/test_sync.py $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

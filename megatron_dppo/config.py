@@ -263,6 +263,13 @@ class EvaluationConfig(Section):
     temperature: float = Field(1.0, gt=0)  # of the sampled evaluation
 
 
+class CheckpointConfig(Section):
+    """The training state, in run.dir/checkpoints."""
+
+    every: int = Field(0, ge=0)  # steps; 0: never
+    keep: int = Field(2, ge=1)  # the newest so many
+
+
 class LoggingConfig(Section):
     """What a run writes beside metrics.jsonl and summary.json."""
 
@@ -286,6 +293,8 @@ class Config(Section):
     head: HeadConfig = HeadConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: Literal["never", "auto"] | Path = "never"  # auto: from the newest checkpoint of run.dir, if there is one
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -384,7 +393,7 @@ def _readable_sections(raw: Mapping[str, Any]) -> dict[str, BaseModel]:
     """The sections that are valid once unknown keys are dropped: their rules are checked all the same."""
     sections: dict[str, BaseModel] = {}
     for name, field in Config.model_fields.items():
-        if name == "reward":  # no rule reads it
+        if name in ("reward", "resume"):  # no rule reads them
             continue
         value = raw.get(name, {})
         kind = field.annotation

@@ -22,6 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_dppo.architecture import load_architecture
+from megatron_dppo.checkpoints import DIRECTORY, check_resumable, complete_checkpoints, read_state, start_of
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, save_config
 from megatron_dppo.config_rules import is_local
 from megatron_dppo.control import (
@@ -32,14 +34,17 @@ from megatron_dppo.control import (
     SHARED_VARIABLE,
     Control,
 )
-from megatron_dppo.metrics import Progress, plot_learning_curve, read_metrics, write_summary
+from megatron_dppo.metrics import Progress, keep_records_before, plot_learning_curve, read_metrics, write_summary
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
 from megatron_dppo.rollout.vllm_server import runs_on_cpu, server_command, server_env, wait_ready
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
+METRICS = "metrics.jsonl"
 SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
-OUTPUTS = ("resolved.yaml", "logs", "metrics.jsonl", "tensorboard", "summary.json", "learning_curve.png", "model")
+OUTPUTS = (
+    "resolved.yaml", "logs", METRICS, "tensorboard", "summary.json", "learning_curve.png", "model", DIRECTORY,
+)  # fmt: skip
 
 
 def launch(config: Config) -> None:
@@ -48,14 +53,35 @@ def launch(config: Config) -> None:
     Raises RuntimeError when another run writes to the same directory, ChildDied with the last lines of its log when a
     process dies, EngineUnreachable when the engine does not get ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
-    with run_directory(config.run.dir):
+    config = with_checkpoint(config)
+    goes_on = config.resume != "never" and Path(config.resume).is_relative_to(config.run.dir / DIRECTORY)
+    with run_directory(config.run.dir, goes_on=goes_on):
+        if goes_on and (config.run.dir / METRICS).is_file():
+            keep_records_before(config.run.dir / METRICS, start_of(config.resume))
         _run(config)
+
+
+def with_checkpoint(config: Config) -> Config:
+    """The config with `resume` decided: a checkpoint's path, or "never". Raises ValueError where it cannot go on."""
+    found = config.resume
+    if found == "auto":
+        complete = complete_checkpoints(config.run.dir)
+        found = complete[-1] if complete else "never"
+    if found != "never":
+        check_resumable(
+            read_state(Path(found)),
+            model_type=load_architecture(config.model.path).model_type,
+            dtype=config.model.dtype,
+            distributed_optimizer=config.parallel.distributed_optimizer,
+            seed=config.run.seed,
+        )
+    return config.model_copy(update={"resume": found})
 
 
 def _run(config: Config) -> None:
     started = time.time()
     console = Console()
-    metrics = config.run.dir / "metrics.jsonl"
+    metrics = config.run.dir / METRICS
     with job(config, console, ranks="megatron_dppo.trainer", client="megatron_dppo.rollout.client") as running:
         control, progress, unsaid = running.control, Progress(metrics, console), [BACKEND_KEY, READY_KEY]
 
@@ -196,8 +222,11 @@ def shared_directory(name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def run_directory(path: Path) -> Iterator[None]:
-    """Locks a run's directory, and moves what an earlier run left there to `previous-<n>`: nothing is overwritten."""
+def run_directory(path: Path, *, goes_on: bool = False) -> Iterator[None]:
+    """Locks a run's directory, and moves what an earlier run left there to `previous-<n>`: nothing is overwritten.
+
+    `goes_on`: with the earlier run, whose files stay.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with (path / "lock").open("w") as lock:
         try:
@@ -206,7 +235,7 @@ def run_directory(path: Path) -> Iterator[None]:
             raise RuntimeError(
                 f"run.dir: another run writes to {path}; wait for it, or set run.dir or run.name"
             ) from None
-        left = [path / name for name in OUTPUTS if (path / name).exists()]
+        left = [] if goes_on else [path / name for name in OUTPUTS if (path / name).exists()]
         if left:
             count = itertools.count(1)
             previous = next(p for n in count if not (p := path / f"previous-{n}").exists())
@@ -225,7 +254,7 @@ def _step_seconds(trained: list[dict[str, Any]]) -> float:
 def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, console: Console) -> None:
     """Summary and learning curve from the run's metrics."""
     run_dir = config.run.dir
-    records = read_metrics(run_dir / "metrics.jsonl")
+    records = read_metrics(run_dir / METRICS)
     trained = [record for record in records if "loss" in record]
     evaluated = [record for record in records if "eval/accuracy_greedy" in record]
 
@@ -255,7 +284,7 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
     }
     write_summary(run_dir / "summary.json", summary)
     if config.logging.plot:
-        plot_learning_curve(run_dir / "metrics.jsonl", run_dir / "learning_curve.png")
+        plot_learning_curve(run_dir / METRICS, run_dir / "learning_curve.png")
     console.print(f"summary: {run_dir / 'summary.json'}", highlight=False)
     for name, value in summary.items():
         console.print(f"  {name}: {value}", highlight=False)

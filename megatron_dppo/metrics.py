@@ -59,10 +59,10 @@ ROWS_PER_HEADER = 20
 class MetricsWriter:
     """Writes each step's metrics to `<directory>/metrics.jsonl` (appended) and to TensorBoard.
 
-    Use as a context manager, or call `close`.
+    `start`: the first step that comes, where a run goes on. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, directory: Path | str, *, tensorboard: bool = True):
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True, start: int = 0):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
@@ -71,7 +71,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(directory / "tensorboard"))
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start or None)
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Records the metrics of `step`. A number that is not finite is null in the file; words go only there."""
@@ -189,6 +189,14 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             records.append(json.loads(line))
     return records
+
+
+def keep_records_before(path: Path, start: int) -> None:
+    """Drops the records of step `start` and later ones from a metrics.jsonl; written beside and renamed."""
+    kept = [record for record in read_metrics(path) if record["step"] < start]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(beside, path)
 
 
 def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:

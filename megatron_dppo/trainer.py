@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from megatron_dppo.algorithm.objectives import (
     coefficient,
     metrics,
 )
+from megatron_dppo.backend.checkpoint import load_training, save_training
 from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.layers import transformer_engine_installed
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
+from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, Transport, load_config, num_recorded_topk, objective_of
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, order_key, reply_key
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, context_share
@@ -52,10 +55,11 @@ class Trainer:
     optimizer: Optimizer
     objective: Objective
     senders: Mapping[Transport, WeightSender]
+    start: int = 0  # steps done before
 
     def run(self, writer: MetricsWriter | None) -> None:
         """Does what the client orders until there are no more samples. `writer` on one rank only."""
-        step, laps = 0, Laps()
+        step, laps = self.start, Laps()
         for number in itertools.count():
             order = self.control.wait(order_key(number), self._patience_s(number))
             laps.end("wait")
@@ -67,12 +71,32 @@ class Trainer:
                 laps.end("train")
                 _write(writer, step, order, trained, laps.restart())
                 step += 1
+                self._save(step, due=self.config.checkpoint.every)
+                laps.end("save")
                 reply = {"version": step}
             else:
                 _write(writer, step, order, {}, laps.restart())
                 return
             if self.model.rank.rank == 0:
                 self.control.post(reply_key(number), reply)
+
+    def _save(self, step: int, due: int) -> None:
+        """A checkpoint every `due` steps (0: never), and none that is too old."""
+        if not due or step % due:
+            return
+        config = self.config
+        state = TrainingState(
+            step=step,
+            seed=config.run.seed,
+            model_type=self.model.arch.model_type,
+            dtype=config.model.dtype,
+            distributed_optimizer=config.parallel.distributed_optimizer,
+            layout=str(config.parallel.layout),
+            megatron_core=metadata.version("megatron-core"),
+        )
+        save_training(checkpoint_path(config.run.dir, step), self.model, self.optimizer, state, config.model.path)
+        if self.model.rank.rank == 0:
+            remove_old_checkpoints(config.run.dir, config.checkpoint.keep)
 
     def _patience_s(self, number: int) -> float:
         """How long to wait for an order; the first one comes only after the engine has started."""
@@ -257,6 +281,9 @@ def main(config: Config) -> None:
         text = f"{model.device.type} over {communication_backend()}, layers of {layers}, Adam of {adam_package()}"
         control.post(BACKEND_KEY, {"text": text})
     model = replace(model, chunks=optimizer.chunks)
+    start = start_of(config.resume)
+    if config.resume != "never":
+        load_training(Path(config.resume), model, optimizer)
     trainer = Trainer(
         config=config,
         control=control,
@@ -264,8 +291,12 @@ def main(config: Config) -> None:
         optimizer=optimizer,
         objective=objective_of(config),
         senders=weight_senders(config, control, model.held),
+        start=start,
     )
-    writer = MetricsWriter(config.run.dir, tensorboard=config.logging.tensorboard) if rank.rank == 0 else nullcontext()
+    logging = config.logging
+    writer = (
+        MetricsWriter(config.run.dir, tensorboard=logging.tensorboard, start=start) if rank.rank == 0 else nullcontext()
+    )
     with writer as opened:
         trainer.run(opened)
     save_checkpoint(model.held, config.model.path, config.run.dir / "model")

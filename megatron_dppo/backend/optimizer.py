@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
@@ -107,6 +110,52 @@ class Optimizer:
         _, norm, _ = self._optimizer.step()
         return float(norm)
 
+    @property
+    def steps(self) -> int:
+        """Gradient steps so far."""
+        return int(max(counts)) if (counts := [float(count) for count, _ in self._counters()]) else 0
+
+    def sharded_state(self, weights: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """What Megatron's `dist_checkpointing` is to save, or to load, with the model's sharded state: tensors only.
+
+        The rest of Megatron's state follows from the settings and the number of steps; it is built differently at
+        different layouts.
+        """
+        steps = self.steps
+        if adam_package() == "torch":
+            self._prepare_torch()
+        self._template = self._optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+        return {"optimizer": _sharded_only(self._template), "steps": steps, "advanced": self._schedule.num_steps}
+
+    def load_state(self, loaded: Mapping[str, Any]) -> None:
+        """What `sharded_state` was loaded with. The schedule's numbers stay this job's, its place is the loaded one."""
+        self._optimizer.load_state_dict(_filled(self._template, loaded["optimizer"]))
+        for _, count in self._counters():
+            count(loaded["steps"])
+        self._schedule.num_steps = 0
+        self._schedule.step(increment=loaded["advanced"])
+
+    def _parts(self) -> list[Any]:
+        """Megatron has one optimizer for dense parameters and one for experts, where these have groups of their own."""
+        return list(getattr(self._optimizer, "chained_optimizers", [self._optimizer]))
+
+    def _prepare_torch(self) -> None:
+        """torch's Adam has no state before its first step, where Megatron reads the step, and another form of it."""
+        for part in self._parts():
+            if isinstance(part, DistributedOptimizer):
+                part._set_main_param_and_optimizer_states = partial(_set_all_but_step, part)
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                if not (state := part.optimizer.state[parameter]):
+                    state["step"] = torch.ones(())  # Megatron would leave out a 0, and torch miss it
+                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _counters(self) -> Iterator[tuple[Any, Callable[[int], None]]]:
+        """Wherever Adam counts steps: the count, and how to set it. torch counts for each parameter, others a group."""
+        for part in self._parts():
+            holders = part.optimizer.state.values() if adam_package() == "torch" else part.optimizer.param_groups
+            for holder in holders:
+                yield holder.get("step", 0), partial(_set_step, holder)
+
     def _refuse_non_finite(self, watch: Mapping[str, Tensor]) -> None:
         buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         sums = [buffer.grad_data.sum(dtype=torch.float64) for buffer in buffers]
@@ -127,6 +176,46 @@ class Optimizer:
         names = [f"{name} (rank {rank})" for rank, found in enumerate(of_ranks) for name in found]
         rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         raise NonFinite(f"got inf or NaN in {', '.join(names[:MAX_NAMES])}{rest}")
+
+
+def _set_step(holder: dict[str, Any], steps: int) -> None:
+    """A tensor of its own for each parameter: Adam counts up in place."""
+    holder["step"] = torch.tensor(float(steps)) if adam_package() == "torch" else steps
+
+
+def _sharded_only(state: Any) -> Any:
+    """The tensors of a nested state; lists as dicts of their positions."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    found = {}
+    for key, value in items:
+        if isinstance(value, ShardedBase):
+            found[key] = value
+        elif isinstance(value, dict | list) and (inner := _sharded_only(value)):
+            found[key] = inner
+    return found
+
+
+def _filled(state: Any, loaded: Any) -> Any:
+    """A nested state with its tensors replaced by those of `_sharded_only` that were loaded."""
+
+    def leaf(key: Any, value: Any) -> Any:
+        if isinstance(value, ShardedBase):
+            return loaded[key]
+        if isinstance(value, dict | list):
+            inner = loaded is not None and (isinstance(loaded, list) or key in loaded)
+            return _filled(value, loaded[key] if inner else {})
+        return value.unwrap() if isinstance(value, LocalNonpersistentObject) else value
+
+    if isinstance(state, dict):
+        return {key: leaf(key, value) for key, value in state.items()}
+    return [leaf(key, value) for key, value in enumerate(state)]
+
+
+def _set_all_but_step(part: DistributedOptimizer, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Megatron loads the step of torch's Adam with its parameter groups, and then misses it here."""
+    group, place = part.model_param_group_index_map[parameter]
+    step = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, parameter, {**tensors, "step": step})
 
 
 def adam_package() -> str:

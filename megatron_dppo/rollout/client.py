@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_dppo.algorithm.advantages import group_advantages
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
+from megatron_dppo.checkpoints import start_of
 from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
@@ -57,12 +58,12 @@ class Client:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     reward: Reward
+    start: int = 0  # steps done before
     seconds: dict[str, float] = field(default_factory=dict)  # of the step at hand, by phase
 
     async def run(self) -> None:
         """All steps. Training ends with an order that says why instead of samples."""
-        steps = self.config.training.steps
-        for step in range(steps + 1):
+        for step in range(self.start, self.config.training.steps + 1):
             self.seconds = {}
             # Version 0 too: whatever an engine started with, what it samples from is what the trainer has.
             await self._update_engines(step)
@@ -77,7 +78,7 @@ class Client:
 
     async def _update_engines(self, version: int) -> None:
         """Waits for the trainer to have `version`; on return every engine answers with it."""
-        if version > 0:
+        if version > self.start:
             with _timed(self.seconds, "wait_for_trainer"):
                 await self.orders.reply()
         for path in self.shared.glob("batch-*"):  # the ranks are done with them
@@ -321,6 +322,7 @@ async def main(config: Config) -> None:
             train=train.prompts,
             held_out=held_out.prompts if held_out else (),
             reward=reward,
+            start=start_of(config.resume),
         )
         await client.run()
     finally:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_dppo.algorithm.objectives import TokenStats
+from megatron_dppo.backend.checkpoint import load_training
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
+from megatron_dppo.checkpoints import read_state
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.control import Control
 from megatron_dppo.data.packing import MicroBatch, context_share
@@ -131,26 +133,32 @@ def _noting_backward(start: Callable[..., Any], during_backward: list[bool]) -> 
     return noted
 
 
+def trainer_of(rank: Rank, path: Path, config: Config, shared: Path) -> Trainer:
+    training = config.training
+    settings = AdamSettings(
+        lr=training.lr, eps=training.eps, warmup_steps=training.warmup_steps, decay_steps=training.steps,
+        schedule=training.schedule, min_lr_ratio=training.min_lr_ratio,
+    )  # fmt: skip
+    dtype = getattr(torch, config.model.dtype)
+    memory = HeadMemory(config.head.path, config.head.memory_bytes)
+    model = model_of(rank, path, dtype=dtype, head_memory=memory)
+    optimizer = Optimizer(model.chunks, settings, dtype=dtype, distributed=config.parallel.distributed_optimizer)
+    model = replace(model, chunks=optimizer.chunks)
+    return Trainer(
+        config=config,
+        control=Control.serve(),
+        model=model,
+        optimizer=optimizer,
+        objective=objective_of(config),
+        senders={"shm": FileSender(model.held, shared, on_disk=False)},
+    )
+
+
 def rl_steps(
     rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path
 ) -> tuple[dict[str, np.ndarray], list[dict[str, float | str]]]:
     """Two steps of the trainer on the same samples; the weights as it publishes them, and its metrics."""
-    training = config.training
-    optimizer_settings = AdamSettings(lr=training.lr, eps=training.eps)
-    dtype = getattr(torch, config.model.dtype)
-    memory = HeadMemory(config.head.path, config.head.memory_bytes)
-    model = model_of(rank, path, dtype=dtype, head_memory=memory)
-    optimizer = Optimizer(
-        model.chunks, optimizer_settings, dtype=dtype, distributed=config.parallel.distributed_optimizer
-    )
-    trainer = Trainer(
-        config=config,
-        control=Control.serve(),
-        model=replace(model, chunks=optimizer.chunks),
-        optimizer=optimizer,
-        objective=objective_of(config),
-        senders={"shm": FileSender(replace(model, chunks=optimizer.chunks).held, shared, on_disk=False)},
-    )
+    trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     results = [trainer._train_step(step, minibatches) for step in range(2)]
     manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
@@ -158,6 +166,21 @@ def rl_steps(
     crc32 = {name: zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
     assert list(manifest.crc32 or ()) == [crc32[name] for name, *_ in manifest.tensors]
     return {name: numpy(tensor.float()) for name, tensor in tensors.items()}, results
+
+
+def interrupted_steps(
+    rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path, resume: Path | None
+) -> tuple[dict[str, np.ndarray], dict[str, float | str]]:
+    """A step from the beginning, with a checkpoint behind it; or the next one, from `resume`. Its weights, metrics."""
+    trainer = trainer_of(rank, path, config, shared)
+    if resume is not None:
+        load_training(resume, trainer.model, trainer.optimizer)
+    step = 0 if resume is None else read_state(resume).step
+    minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
+    metrics = trainer._train_step(step, minibatches)
+    trainer._save(step + 1, due=1)
+    manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
+    return {name: numpy(tensor.float()) for name, tensor in load_file(manifest.path).items()}, metrics
 
 
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:

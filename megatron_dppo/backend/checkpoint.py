@@ -1,0 +1,70 @@
+"""Training state on disk, by Megatron's own `dist_checkpointing`: whole or not there, loadable at another layout.
+
+A checkpoint is a directory `step-<n>`: a torch_dist checkpoint of weights and optimizer (which
+`megatron-dppo convert megatron-to-hf` reads too), the model's Hugging Face directory without weights in `hf/`, and
+`training.json`, which says what it is. It is written beside and renamed when every rank is through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_dppo.backend.model import Model
+from megatron_dppo.backend.optimizer import Optimizer
+from megatron_dppo.checkpoints import DESCRIPTION, TrainingState
+from megatron_dppo.weights.checkpoint import CARRIED, carry_description
+from megatron_dppo.weights.global_tensors import content_metadata, default_scheme
+
+# The one format in which a distributed optimizer's state can be read at any other layout.
+RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+WRITERS = 1  # processes a rank writes with
+
+
+def save_training(path: Path, model: Model, optimizer: Optimizer, state: TrainingState, source: Path) -> None:
+    """Every rank calls this. `source`: the Hugging Face directory that training began with.
+
+    Collectives: Megatron's, which gather the optimizer's state on one replica, and two barriers.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        carry_description(source, beside / CARRIED, None)
+    dist.barrier()
+    metadata = _metadata(model)
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)
+    tensors = _sharded_state(model, optimizer, metadata, loading=False)
+    dist_checkpointing.save(tensors, str(beside), sharded_strategy=strategy, content_metadata=metadata)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (beside / DESCRIPTION).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        os.replace(beside, path)
+
+
+def load_training(path: Path, model: Model, optimizer: Optimizer) -> None:
+    """Every rank calls this: weights, optimizer and the schedule's place as they were, at this job's layout."""
+    tensors = _sharded_state(model, optimizer, _metadata(model), loading=True)
+    loaded = dist_checkpointing.load(tensors, str(path))
+    for v, chunk in enumerate(optimizer.chunks):
+        chunk.module.load_state_dict(loaded.get(f"model{v}", {}), strict=True)  # a chunk without layers has none
+    optimizer.load_state(loaded)
+
+
+def _metadata(model: Model) -> dict[str, Any]:
+    return content_metadata(default_scheme(model.arch)) | RESHARDABLE
+
+
+def _sharded_state(model: Model, optimizer: Optimizer, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    weights = {
+        f"model{v}": chunk.module.sharded_state_dict(metadata=metadata) for v, chunk in enumerate(optimizer.chunks)
+    }
+    return {**weights, **optimizer.sharded_state(weights, metadata, loading=loading)}

@@ -1,0 +1,122 @@
+"""Ranks killed at random moments, also while they save: training goes on from the last checkpoint to the same bits.
+
+MDPPO_KILLS says how often (`make test-long`: 20); samples are recorded ones, so that nothing but training is repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dppo.checkpoints import complete_checkpoints, start_of
+from megatron_dppo.config import Config, save_config
+from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, reply_key
+from megatron_dppo.launch import start_ranks, with_checkpoint
+from megatron_dppo.metrics import keep_records_before
+from megatron_dppo.processes import stop_on_exit
+from megatron_dppo.rollout.client import place_batch
+from megatron_dppo.rollout.trajectory import load_batch
+from megatron_dppo.weights.layout import Parallel
+from tests.distributed.test_resume import config as config_of
+from tests.distributed.test_trainer import samples
+from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+
+KILLS = int(os.environ.get("MDPPO_KILLS", "1"))
+STEPS = 8
+DEADLINE_S = 120.0
+LAYOUT = Parallel(tensor=2, expert=2, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    return write_checkpoint(path, tiny_model(tiny_config(num_layers=4), seed=5))
+
+
+def settings(run_dir: Path, checkpoint: Path) -> Config:
+    config = config_of(LAYOUT, run_dir, checkpoint)
+    fields = config.model_dump(mode="json")
+    fields["checkpoint"] = {"every": 1, "keep": 2}
+    fields["logging"] = {"tensorboard": False}
+    return Config.model_validate(fields)
+
+
+def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> bool:
+    """Runs ranks from the last checkpoint on, as the launcher and the client do; kills one of them, at its first save
+    after so many seconds or after them. Whether training came to its end."""
+    config = with_checkpoint(config.model_copy(update={"resume": "auto"}))
+    run_dir, start = config.run.dir, start_of(config.resume)
+    shared = run_dir / "shared"
+    shared.mkdir(parents=True, exist_ok=True)
+    if (run_dir / "metrics.jsonl").is_file():
+        keep_records_before(run_dir / "metrics.jsonl", start)
+    save_config(config, run_dir / "resolved.yaml")
+    control = Control.serve()
+    orders = Orders(control, DEADLINE_S)
+    env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-W", "ignore", "-m", "megatron_dppo.trainer", str(run_dir / "resolved.yaml")]
+    batch, groups = samples(checkpoint)
+    empty = {"evaluation": None, "seconds": {}}
+    with stop_on_exit() as children:
+        children.extend(start_ranks(argv, LAYOUT.ranks, env=env, logs=run_dir / "logs"))
+        give_up, kill_at = time.monotonic() + DEADLINE_S, None
+        for number, step in enumerate(range(start, STEPS)):
+            orders.give({"do": "train", **place_batch(shared, step, load_batch(batch), groups, config), **empty})
+            while control.peek(reply_key(number)) is None:
+                now = time.monotonic()
+                assert now < give_up and all(child.poll() is None for child in children), children[0].log_tail()
+                if number and kill_at is None and kill is not None:  # everybody is there
+                    kill_at = now + kill[1]
+                saving = any((run_dir / "checkpoints").glob("*.tmp"))
+                if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
+                    os.kill(_process(random.choice(children).pid), signal.SIGKILL)
+                    return False
+                time.sleep(0.002)
+            orders._answered = orders._given
+        orders.give({"do": "stop", **empty})
+        while any(child.poll() is None for child in children):
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        assert all(child.poll() == 0 for child in children), children[0].log_tail()
+    return True
+
+
+def _process(guard: int) -> int:
+    """What runs under a guard."""
+    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+
+
+def test_killed_runs_end_in_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    assert train(settings(tmp_path / "whole", checkpoint), checkpoint, None)
+    expected = metrics(tmp_path / "whole")
+    assert [record["step"] for record in expected] == [*range(STEPS), STEPS]
+    chance, killed, saved = random.Random(0), 0, 0
+    run = 0
+    while killed < KILLS:
+        run += 1
+        broken = settings(tmp_path / f"broken{run}", checkpoint)
+        while killed < KILLS:
+            kind = ("saving", "any")[killed % 2]
+            if train(broken, checkpoint, (kind, chance.uniform(0.0, 1.5))):
+                break
+            killed += 1
+            saved += any((broken.run.dir / "checkpoints").glob("*.tmp"))
+        else:
+            assert train(broken, checkpoint, None)
+        assert metrics(broken.run.dir) == expected
+        assert len(complete_checkpoints(broken.run.dir)) == 2
+    print(f"{killed} kills in {run} runs, {saved} of them in the middle of a save")
+    assert saved
