@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron_dppo.algorithm.objectives import Objective
 
 DType = Literal["float32", "bfloat16"]
-Transport = Literal["shm", "group", "disk"]
+Transport = Literal["shm", "group", "ipc", "disk"]
 MAX_TOP_K = 128  # entries an engine is asked for beside the sampled one; a reply grows with it
 
 
@@ -165,7 +165,8 @@ class SyncConfig(Section):
     """How new weights get to the engines.
 
     `shm`: a file in shared memory, for engines on the trainer's machine. `group`: ranks send to workers, over NCCL or
-    gloo. `disk`: a file in `dir`. `auto`: group where an engine has GPUs of its own or another machine, else shm.
+    gloo. `ipc`: the same through memory that both map (CUDA IPC), also on one GPU. `disk`: a file in `dir`. `auto`:
+    group where an engine has GPUs of its own or another machine, else shm.
     """
 
     transport: Literal["auto"] | Transport = "auto"

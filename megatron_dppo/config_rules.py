@@ -246,8 +246,8 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
 def _transport(rollout: RolloutConfig, sync: SyncConfig) -> Iterator[str]:
     """Shared memory is one machine's."""
     far = [url for url in rollout.urls if not is_local(url)]
-    if sync.transport == "shm" and far:
-        yield f"sync.transport: got shm, expected group or disk: {_few(far)} is on another machine"
+    if sync.transport in ("shm", "ipc") and far:
+        yield f"sync.transport: got {sync.transport}, expected group or disk: {_few(far)} is on another machine"
     if sync.transport == "disk" and far and sync.dir is None:
         yield f"sync.dir: missing, {_few(far)} must see it too"
 

@@ -309,7 +309,16 @@ def weight_senders(config: Config, control: Control, held: Held) -> dict[Transpo
     return {
         "shm": FileSender(held, Path(os.environ[SHARED_VARIABLE]), on_disk=False),
         "disk": FileSender(held, sync.directory_of(config.run.dir), on_disk=True),
-        "group": GroupSender(held, control, bucket_bytes=sync.bucket_bytes, timeout_s=sync.timeout_s),
+        **{
+            transport: GroupSender(
+                held,
+                control,
+                bucket_bytes=sync.bucket_bytes,
+                timeout_s=sync.timeout_s,
+                one_machine=transport == "ipc",
+            )
+            for transport in ("group", "ipc")
+        },
     }
 
 

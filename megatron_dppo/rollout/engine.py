@@ -182,6 +182,7 @@ class GroupUpdate:
     instance: int = 0  # which of the `instances` engines this one is
     instances: int = 1
     timeout_s: float = 120.0
+    one_machine: bool = False  # ranks and workers share memory (`weights.ipc`), instead of a process group
     fingerprints: bool = False
     transport: Literal["group"] = "group"
 

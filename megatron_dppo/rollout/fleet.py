@@ -32,7 +32,7 @@ from megatron_dppo.rollout.engine import (
 )
 from megatron_dppo.rollout.trajectory import Trajectory
 
-Transport = Literal["shm", "group", "disk"]
+Transport = Literal["shm", "group", "ipc", "disk"]
 Failures = dict[RolloutEngine, EngineError]
 POLL_S = 1.0
 ANSWER_S = 30.0  # for an engine that is looked at anew
@@ -149,7 +149,7 @@ class Fleet:
         able = [engine for engine in engines if engine not in failures]
         if not able:
             return failures
-        if self._transport == "group":
+        if self._transport in ("group", "ipc"):
             return failures | await self._send_by_group(able)
         return failures | await self._send_by_file(able)
 
@@ -160,7 +160,7 @@ class Fleet:
         return await _each(engines, lambda engine: self._take(engine, manifest))
 
     async def _send_by_group(self, engines: Sequence[RolloutEngine]) -> Failures:
-        order = {"do": "send", "transport": "group", "version": self._version, "instances": len(engines)}
+        order = {"do": "send", "transport": self._transport, "version": self._version, "instances": len(engines)}
         if self._met != engines:
             layouts: dict[RolloutEngine, str] = {}
 

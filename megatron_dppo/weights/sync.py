@@ -86,10 +86,13 @@ class GroupSender:
     A new generation begins with a plan, which every rank makes, and a meeting of all ranks and workers.
     """
 
-    def __init__(self, held: Held, control: Control, *, bucket_bytes: int, timeout_s: float) -> None:
-        """`timeout_s`: how long a rank waits for a worker to come, or to take what was sent."""
+    def __init__(
+        self, held: Held, control: Control, *, bucket_bytes: int, timeout_s: float, one_machine: bool = False
+    ) -> None:
+        """`timeout_s`: how long a rank waits for a worker to come, or to take what was sent. `one_machine`: through
+        memory that both have, not a process group."""
         self._held, self._control = held, control
-        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._bucket_bytes, self._timeout_s, self._one_machine = bucket_bytes, timeout_s, one_machine
         self._generation: int | None = None
         self._sender: Sender | None = None
 
@@ -136,6 +139,7 @@ class GroupSender:
             ranks=ranks,
             instances=order["instances"],
             timeout_s=self._timeout_s,
+            one_machine=self._one_machine,
         )
         if held.rank == 0:
             publish(store, plan)

@@ -120,6 +120,13 @@ class Channel:
                 f"channel {name}: {size} processes did not meet in {timeout_s:.0f} s: {error}"
             ) from None
 
+    def allocate(self, nbytes: int) -> Tensor:
+        """uint8, a buffer that can be sent from."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def register(self, buffers: Sequence[Tensor]) -> None:
+        """Before anything is sent from buffers of `allocate`, of this channel or another of the same process."""
+
     def send(self, data: Tensor, to: int, tag: int) -> Any:
         """Starts sending; `data` must stay as it is until `finish`."""
         return self._group.send([data], to, tag)
@@ -151,12 +158,15 @@ class Meeting(Protocol):
     def instances(self) -> int: ...
     @property
     def timeout_s(self) -> float: ...
+    @property
+    def one_machine(self) -> bool: ...
 
 
 def join_as_rank(store: dist.Store, meeting: Meeting, rank: int, workers: int, device: torch.device) -> list[Channel]:
     """A trainer rank's channels, one to each instance; waits for all ranks and all workers of every instance."""
+    kind = _kind(meeting)
     return [
-        Channel(store, _engine(meeting, i), rank, meeting.ranks + workers, device, meeting.timeout_s)
+        kind(store, _engine(meeting, i), rank, meeting.ranks + workers, device, meeting.timeout_s)
         for i in range(meeting.instances)
     ]
 
@@ -165,15 +175,21 @@ def join_as_worker(
     store: dist.Store, meeting: Meeting, worker: int, workers: int, device: torch.device
 ) -> tuple[Channel, Channel | None, Channel | None]:
     """A worker's channels: to the trainer, from the instance before and to the one behind (None: there is but one)."""
-    size, timeout_s = meeting.ranks + workers, meeting.timeout_s
-    own = Channel(store, _engine(meeting, meeting.instance), meeting.ranks + worker, size, device, timeout_s)
+    size, timeout_s, kind = meeting.ranks + workers, meeting.timeout_s, _kind(meeting)
+    own = kind(store, _engine(meeting, meeting.instance), meeting.ranks + worker, size, device, timeout_s)
     before: dict[int, Channel] = {}
     if meeting.instances > 1:
         # Opening waits for the other end: every instance opens its links in the order of their numbers.
         for link in sorted({meeting.instance, (meeting.instance - 1) % meeting.instances}):
             end = int(link != meeting.instance)
-            before[end] = Channel(store, f"{meeting.generation}/link{link}/{worker}", end, 2, device, timeout_s)
+            before[end] = kind(store, f"{meeting.generation}/link{link}/{worker}", end, 2, device, timeout_s)
     return own, before.get(1), before.get(0)
+
+
+def _kind(meeting: Meeting) -> type[Channel]:
+    from megatron_dppo.weights.ipc import IpcChannel  # which is a Channel, too
+
+    return IpcChannel if meeting.one_machine else Channel
 
 
 def _engine(meeting: Meeting, instance: int) -> str:
@@ -228,7 +244,9 @@ class Sender:
         self._waves = _waves(sent, plan.bucket_bytes + ranks * MOST_OVERHEAD_BYTES)
         self._channels, self._ranks = channels, ranks
         sizes = _staging_sizes([[message for _, message in wave] for wave in self._waves])
-        self._staging = [torch.empty(size, dtype=torch.uint8, device=channels[0].device) for size in sizes]
+        self._staging = [channels[0].allocate(size) for size in sizes]
+        for channel in channels:
+            channel.register(self._staging)
 
     @property
     def staging_bytes(self) -> int:
@@ -270,9 +288,9 @@ class Receiver:
         self._plan, self._instance = plan, instance
         self._buckets = messages(plan.select(dst=worker))
         self._channel, self._previous, self._following = channel, previous, following
-        self._staging = [
-            torch.empty(size, dtype=torch.uint8, device=channel.device) for size in _staging_sizes(self._buckets)
-        ]
+        self._staging = [channel.allocate(size) for size in _staging_sizes(self._buckets)]
+        if following is not None:
+            following.register(self._staging)
 
     @property
     def staging_bytes(self) -> int:

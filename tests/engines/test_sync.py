@@ -128,7 +128,7 @@ def test_latent_attention_on_an_engine_of_the_runs_own(recipe: dict[str, Any], t
 
 
 @pytest.mark.parametrize("engine", ["tp1"], indirect=True)
-@pytest.mark.parametrize("transport", ["shm", "disk"])
+@pytest.mark.parametrize("transport", ["shm", "ipc", "disk"])
 def test_the_check_fails_where_weights_differ(
     engine: Served, transport: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from megatron_dppo.architecture import Architecture
 from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.weights import transfer
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
+from megatron_dppo.weights.ipc import IpcChannel
 from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import Plan, sync_plan
@@ -51,8 +52,10 @@ def parameters_of(pieces: list[Piece], hub: dict[str, Tensor]) -> dict[str, Tens
 class Job:
     """A plan and everybody who takes part in it."""
 
-    def __init__(self, arch: Architecture, trainer: Parallel, engine: EngineParallel, instances: int) -> None:
-        self.arch, self.instances = arch, instances
+    def __init__(
+        self, arch: Architecture, trainer: Parallel, engine: EngineParallel, instances: int, one_machine: bool = False
+    ) -> None:
+        self.arch, self.instances, self.one_machine = arch, instances, one_machine
         self.pieces = [list(megatron_layout(arch, trainer, rank)) for rank in range(trainer.ranks)]
         self.boxes: list[list[Box]] = [list(engine_layout(arch, engine, w)) for w in range(engine.workers)]
         dtypes = hub_dtypes(arch, "bfloat16")
@@ -67,7 +70,7 @@ class Job:
         ranks, workers = len(self.pieces), len(self.boxes)
 
         def meeting(instance: int) -> GroupUpdate:
-            return GroupUpdate(1, "", "", 7, ranks, instance, self.instances, TIMEOUT_S)
+            return GroupUpdate(1, "", "", 7, ranks, instance, self.instances, TIMEOUT_S, self.one_machine)
 
         def rank(number: int) -> None:
             sender = Sender(self.plan, number, join_as_rank(store, meeting(0), number, workers, CPU), ranks)
@@ -112,6 +115,7 @@ class Job:
                 assert sum(int((~t.isnan()).sum()) for t in found.values()) == kept
 
 
+@pytest.mark.parametrize("one_machine", [False, True], ids=["group", "ipc"])
 @pytest.mark.parametrize("instances", [1, 3])
 @pytest.mark.parametrize(
     ("family", "trainer", "engine"),
@@ -122,9 +126,11 @@ class Job:
         ("deepseek_v3", Parallel(tensor=2, expert_tensor=2, ranks=4), EngineParallel(tensor=2)),
     ],
 )
-def test_every_worker_gets_its_boxes(family: str, trainer: Parallel, engine: EngineParallel, instances: int) -> None:
+def test_every_worker_gets_its_boxes(
+    family: str, trainer: Parallel, engine: EngineParallel, instances: int, one_machine: bool
+) -> None:
     """Three updates over the same channels; fp32 parameters, bfloat16 on the wire but for the routers' biases."""
-    job = Job(ARCHITECTURES[family], trainer, engine, instances)
+    job = Job(ARCHITECTURES[family], trainer, engine, instances, one_machine)
     assert job.plan.num_buckets > 4
     hubs = [hub_numbers(job.arch, seed) for seed in range(3)]
     job.check(job.run(*hubs), hubs)
@@ -145,18 +151,20 @@ def test_a_damaged_message_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         job.run(hub_numbers(SMALL, 0))
 
 
-def test_who_stays_silent_is_named() -> None:
+@pytest.mark.parametrize("kind", [Channel, IpcChannel])
+def test_who_stays_silent_is_named(kind: type[Channel]) -> None:
     store = dist.HashStore()
     plan = Job(SMALL, Parallel(), EngineParallel(), 1).plan
     with ThreadPoolExecutor(2) as pool:
-        ends = list(pool.map(lambda number: Channel(store, "one", number, 2, CPU, 1.0), range(2)))
+        ends = list(pool.map(lambda number: kind(store, "one", number, 2, CPU, 1.0), range(2)))
     with pytest.raises(TransferError, match="channel one: receiving bucket 0: nothing in 1 s"):
         Receiver(plan, 0, 0, ends[1]).receive(lambda *_: None)
 
 
-def test_who_does_not_come_is_named() -> None:
+@pytest.mark.parametrize("kind", [Channel, IpcChannel])
+def test_who_does_not_come_is_named(kind: type[Channel]) -> None:
     with pytest.raises(TransferError, match="channel alone: 2 processes did not meet in 1 s"):
-        Channel(dist.HashStore(), "alone", 0, 2, CPU, 1.0)
+        kind(dist.HashStore(), "alone", 0, 2, CPU, 1.0)
 
 
 def test_a_plan_travels_unchanged() -> None:
