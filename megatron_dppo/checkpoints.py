@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -61,11 +62,10 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
     """All but the newest `keep` (and what a kill left unfinished)."""
     for path in complete_checkpoints(run_dir)[:-keep]:
-        # Not complete from the first moment on, whatever happens next.
-        (path / DESCRIPTION).unlink()
-        shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # somebody reads it: next time
+            path.rename(path.with_name(path.name + ".tmp"))  # not complete from one moment to the next
     for path in (run_dir / DIRECTORY).glob("step-*.tmp"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_resumable(

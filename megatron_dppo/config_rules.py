@@ -300,8 +300,11 @@ def _lengths(rollout: RolloutConfig, data: DataConfig, arch: Architecture) -> It
         )
 
 
-def _micro_batch(rollout: RolloutConfig, data: DataConfig, training: TrainingConfig) -> Iterator[str]:
-    longest = data.max_prompt_tokens + rollout.max_response_tokens
+def _micro_batch(
+    rollout: RolloutConfig, data: DataConfig, training: TrainingConfig, parallel: ParallelConfig
+) -> Iterator[str]:
+    multiple = 2 * parallel.context if parallel.context > 1 else 1
+    longest = -(-(data.max_prompt_tokens + rollout.max_response_tokens) // multiple) * multiple
     if training.micro_batch_tokens < longest:
         yield (
             f"training.micro_batch_tokens: got {training.micro_batch_tokens}, expected at least {longest}, "

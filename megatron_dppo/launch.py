@@ -53,12 +53,22 @@ def launch(config: Config) -> None:
     Raises RuntimeError when another run writes to the same directory, ChildDied with the last lines of its log when a
     process dies, EngineUnreachable when the engine does not get ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
-    config = with_checkpoint(config)
-    goes_on = config.resume != "never" and Path(config.resume).is_relative_to(config.run.dir / DIRECTORY)
-    with run_directory(config.run.dir, goes_on=goes_on):
-        if goes_on and (config.run.dir / METRICS).is_file():
-            keep_records_before(config.run.dir / METRICS, start_of(config.resume))
+    with run_lock(config.run.dir):
+        config = with_checkpoint(config)
+        own = (config.run.dir / DIRECTORY).resolve()
+        if config.resume != "never" and Path(config.resume).resolve().is_relative_to(own):
+            _go_back(config.run.dir, start_of(config.resume))
+        else:
+            set_aside(config.run.dir, [config.run.dir / name for name in OUTPUTS])
         _run(config)
+
+
+def _go_back(run_dir: Path, step: int) -> None:
+    """Leaves of an earlier run what was there after `step`; what it did later is set aside, or will be done again."""
+    later = [path for path in complete_checkpoints(run_dir) if read_state(path).step > step]
+    set_aside(run_dir, later)
+    if (run_dir / METRICS).is_file():
+        keep_records_before(run_dir / METRICS, step)
 
 
 def with_checkpoint(config: Config) -> Config:
@@ -68,8 +78,14 @@ def with_checkpoint(config: Config) -> Config:
         complete = complete_checkpoints(config.run.dir)
         found = complete[-1] if complete else "never"
     if found != "never":
+        state = read_state(Path(found))
+        if state.step > config.training.steps:
+            raise ValueError(
+                f"resume: got a checkpoint of step {state.step}, expected at most training.steps, "
+                f"{config.training.steps}"
+            )
         check_resumable(
-            read_state(Path(found)),
+            state,
             model_type=load_architecture(config.model.path).model_type,
             dtype=config.model.dtype,
             distributed_optimizer=config.parallel.distributed_optimizer,
@@ -222,11 +238,16 @@ def shared_directory(name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def run_directory(path: Path, *, goes_on: bool = False) -> Iterator[None]:
-    """Locks a run's directory, and moves what an earlier run left there to `previous-<n>`: nothing is overwritten.
+def run_directory(path: Path) -> Iterator[None]:
+    """Locks a run's directory, and moves what an earlier run left there to `previous-<n>`: nothing is overwritten."""
+    with run_lock(path):
+        set_aside(path, [path / name for name in OUTPUTS])
+        yield
 
-    `goes_on`: with the earlier run, whose files stay.
-    """
+
+@contextlib.contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Raises RuntimeError where another run has the directory."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / "lock").open("w") as lock:
         try:
@@ -235,18 +256,24 @@ def run_directory(path: Path, *, goes_on: bool = False) -> Iterator[None]:
             raise RuntimeError(
                 f"run.dir: another run writes to {path}; wait for it, or set run.dir or run.name"
             ) from None
-        left = [] if goes_on else [path / name for name in OUTPUTS if (path / name).exists()]
-        if left:
-            count = itertools.count(1)
-            previous = next(p for n in count if not (p := path / f"previous-{n}").exists())
-            previous.mkdir()
-            for output in left:
-                output.rename(previous / output.name)
         yield
+
+
+def set_aside(run_dir: Path, outputs: Sequence[Path]) -> None:
+    """Moves what is there of `outputs` into a new `previous-<n>`."""
+    left = [path for path in outputs if path.exists()]
+    if left:
+        previous = next(p for n in itertools.count(1) if not (p := run_dir / f"previous-{n}").exists())
+        for output in left:
+            place = previous / output.relative_to(run_dir)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            output.rename(place)
 
 
 def _step_seconds(trained: list[dict[str, Any]]) -> float:
     """Mean seconds of a step, evaluation left out; the first, which waits for the engine's start, only if alone."""
+    if not trained:
+        return 0.0
     steps = trained[1:] or trained
     return sum(step["seconds/total"] - step.get("seconds/evaluate", 0.0) for step in steps) / len(steps)
 
@@ -262,7 +289,7 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
         return evaluated[position].get(f"eval/accuracy_{kind}") if evaluated else None
 
     def mean(name: str) -> float:
-        return sum(record[name] for record in trained) / len(trained)
+        return sum(record[name] for record in trained) / max(len(trained), 1)
 
     summary = {
         "accuracy_before": accuracy(0, "greedy"),

@@ -8,7 +8,6 @@ A checkpoint is a directory `step-<n>`: a torch_dist checkpoint of weights and o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,11 @@ from megatron_dppo.weights.checkpoint import CARRIED, carry_description
 from megatron_dppo.weights.global_tensors import content_metadata, default_scheme
 
 # The one format in which a distributed optimizer's state can be read at any other layout.
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,  # else every replica gathers all of it
+    "chained_optim_avoid_prefix": True,
+}
 WRITERS = 1  # processes a rank writes with
 
 
@@ -47,7 +50,9 @@ def save_training(path: Path, model: Model, optimizer: Optimizer, state: Trainin
     dist.barrier()
     if dist.get_rank() == 0:
         (beside / DESCRIPTION).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        os.replace(beside, path)
+        if path.exists():  # of a run that went on from an older one
+            path.rename(path.with_name(path.name + ".replaced.tmp"))
+        beside.rename(path)
 
 
 def load_training(path: Path, model: Model, optimizer: Optimizer) -> None:

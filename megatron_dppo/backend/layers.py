@@ -41,7 +41,7 @@ def transformer_engine_installed() -> bool:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with their lengths on the host: no layer waits for a GPU."""
+    """Megatron's description of packed sequences, with their lengths on the host for `CausalAttention`."""
 
     lengths: list[int] = field(default_factory=list)
 
@@ -167,7 +167,11 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
                 f"rms_norm_eps: got {config.layernorm_epsilon}, expected {LATENT_NORM_EPS} for multi-latent attention "
                 "under Transformer Engine (its norms of the latents take the same number, the model's do not)"
             )
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if config.params_dtype == torch.float32:  # Transformer Engine's attention to packed sequences is for 16 bits
+            for layer in {id(s): s for s in spec.layer_specs}.values():
+                layer.submodules.self_attention.submodules.core_attention = CausalAttention
+        return spec
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,6 +126,13 @@ class Optimizer:
         if adam_package() == "torch":
             self._prepare_torch()
         self._template = self._optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+        if not loading and not self._has_weights(self._template):
+            with contextlib.ExitStack() as stack:
+                for part in self._distributed_parts():
+                    stack.enter_context(_places_without_padding(part))
+                self._template = self._optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
+            if not self._has_weights(self._template):
+                raise RuntimeError("checkpoint: Megatron's optimizer state does not have the model's weights")
         return {"optimizer": _sharded_only(self._template), "steps": steps, "advanced": self._schedule.num_steps}
 
     def load_state(self, loaded: Mapping[str, Any]) -> None:
@@ -139,6 +147,26 @@ class Optimizer:
         """Megatron has one optimizer for dense parameters and one for experts, where these have groups of their own."""
         return list(getattr(self._optimizer, "chained_optimizers", [self._optimizer]))
 
+    def _distributed_parts(self) -> list[DistributedOptimizer]:
+        return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
+
+    def _has_weights(self, state: Any) -> bool:
+        """Whether what is to be saved as the main weights are the model's, on all ranks. One scalar all-reduce."""
+        states = [state] if len(self._parts()) == 1 else [state[number] for number in sorted(state)]
+        same = True
+        for part, found in zip(self._parts(), states, strict=True):
+            if not isinstance(part, DistributedOptimizer) or found["param_state"] is None:
+                continue  # Megatron gives it to one replica only
+            parameters = (p for buffer in part.buffers for p in buffer.param_index_map)
+            for parameter, tensors in zip(parameters, found["param_state"].values(), strict=True):
+                saved = tensors["fp32_param" if "fp32_param" in tensors else "param"].data
+                same &= bool(
+                    (saved.to(parameter.dtype).view(parameter.shape) == parameter.detach().to(saved.device)).all()
+                )
+        flag = torch.tensor(float(same), device=next(self.chunks[0].parameters()).device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
+
     def _prepare_torch(self) -> None:
         """torch's Adam has no state before its first step, where Megatron reads the step, and another form of it."""
         for part in self._parts():
@@ -148,6 +176,8 @@ class Optimizer:
                 if not (state := part.optimizer.state[parameter]):
                     state["step"] = torch.ones(())  # Megatron would leave out a 0, and torch miss it
                     state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+                part.optimizer.state["no parameter"] = {"step": torch.ones(())}  # as on a stage without experts
 
     def _counters(self) -> Iterator[tuple[Any, Callable[[int], None]]]:
         """Wherever Adam counts steps: the count, and how to set it. torch counts for each parameter, others a group."""
@@ -176,6 +206,27 @@ class Optimizer:
         names = [f"{name} (rank {rank})" for rank, found in enumerate(of_ranks) for name in found]
         rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         raise NonFinite(f"got inf or NaN in {', '.join(names[:MAX_NAMES])}{rest}")
+
+
+@contextlib.contextmanager
+def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
+    """Megatron 0.16 joins the buckets of a buffer without the padding between them, and then looks up parameters by
+    places that count it: each is read from the bucket after its own."""
+    before = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        shift, seen = {}, 0
+        for bucket in buffer.buckets:
+            shift[bucket.bucket_id] = bucket.offset - seen
+            seen += bucket.numel_unpadded
+        buffer.param_index_map = {
+            p: (start - shift[bucket], stop - shift[bucket], bucket)
+            for p, (start, stop, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(part.buffers, before, strict=True):
+            buffer.param_index_map = places
 
 
 def _set_step(holder: dict[str, Any], steps: int) -> None:

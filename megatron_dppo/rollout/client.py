@@ -173,8 +173,9 @@ def place_batch(
     """
     lengths = np.array([sample.trajectory.num_tokens for sample in samples])
     cost = lengths.astype(np.float64) if arch is None else forward_flops(arch, lengths)
+    multiple = config.parallel.layout.sequence_multiple
     plan = plan_step(
-        lengths,
+        -(-lengths // multiple) * multiple,
         groups,
         minibatches=config.training.minibatches,
         replicas=config.parallel.data,

@@ -49,6 +49,9 @@ def settings(run_dir: Path, checkpoint: Path) -> Config:
     return Config.model_validate(fields)
 
 
+chance = random.Random(0)
+
+
 def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> bool:
     """Runs ranks from the last checkpoint on, as the launcher and the client do; kills one of them, at its first save
     after so many seconds or after them. Whether training came to its end."""
@@ -77,7 +80,7 @@ def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> b
                     kill_at = now + kill[1]
                 saving = any((run_dir / "checkpoints").glob("*.tmp"))
                 if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
-                    os.kill(_process(random.choice(children).pid), signal.SIGKILL)
+                    os.kill(_process(chance.choice(children).pid), signal.SIGKILL)
                     return False
                 time.sleep(0.002)
             orders._answered = orders._given
@@ -103,7 +106,7 @@ def test_killed_runs_end_in_the_same_bits(checkpoint: Path, tmp_path: Path) -> N
     assert train(settings(tmp_path / "whole", checkpoint), checkpoint, None)
     expected = metrics(tmp_path / "whole")
     assert [record["step"] for record in expected] == [*range(STEPS), STEPS]
-    chance, killed, saved = random.Random(0), 0, 0
+    killed = saved = 0
     run = 0
     while killed < KILLS:
         run += 1

@@ -25,6 +25,7 @@ LAYOUTS = {
     "pp2": Parallel(pipeline=2, ranks=2),
     "dp2_ep2": Parallel(expert=2, ranks=2),
     "dp4": Parallel(ranks=4),
+    "pp2_dp2": Parallel(pipeline=2, ranks=4),
     "tp2_cp2_ep2": Parallel(tensor=2, context=2, expert=2, ranks=4),
     "tp2_ep2_pp2_virtual2": Parallel(tensor=2, expert=2, pipeline=2, virtual=2, ranks=4),
 }
@@ -33,7 +34,14 @@ CASES = [
     ("dp2_ep2", ["dp2_ep2", "tp2_ep2_pp2_virtual2"]),
     ("tp2_ep2_pp2_virtual2", ["tp2_ep2_pp2_virtual2", "tp2_cp2_ep2"]),
 ]
-MODELS = {"moe": tiny_config(num_layers=4), "deepseek_v3": deepseek_config(num_hidden_layers=4)}
+MODELS = {
+    "moe": tiny_config(num_layers=4),
+    "deepseek_v3": deepseek_config(num_hidden_layers=4),
+    "tied": tiny_config(
+        tie_word_embeddings=True, vocab_size=64, num_layers=4
+    ),  # the copy at the end has a bucket alone
+    "dense_first_stage": deepseek_config(),  # a rank without experts
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,9 @@ def config(parallel: Parallel, run_dir: Path, hf: Path, **changes: Any) -> Confi
     [
         *(("moe", saved, others, {}) for saved, others in CASES),
         ("deepseek_v3", "tp2_ep2", ["tp2_ep2", "pp2"], {}),
+        ("tied", "pp2", ["pp2", "tp2_ep2"], {}),
+        ("tied", "pp2_dp2", ["pp2_dp2"], {}),
+        ("dense_first_stage", "pp2", ["pp2", "single"], {}),
         ("moe", "tp2_ep2", ["tp2_ep2", "dp2_ep2"], {"dtype": "bfloat16"}),
         ("moe", "tp2_ep2", ["tp2_ep2", "dp2_ep2"], {"distributed_optimizer": False}),
     ],
