@@ -180,9 +180,9 @@ class SyncConfig(Section):
         """The bucket in bytes."""
         return int(self.bucket_mib * (1 << 20))
 
-    def directory_of(self, run_dir: Path) -> Path:
-        """Where `disk` puts its files."""
-        return (self.dir or run_dir / "weights").absolute()
+    def directory_of(self, run: RunConfig) -> Path:
+        """Where `disk` puts its files: of this run only."""
+        return (self.dir / run.name if self.dir else run.dir / "weights").absolute()
 
 
 class ObjectiveConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ ENGINE_URLS_VARIABLE = "MEGATRON_DPPO_ENGINE_URLS"  # comma-separated; the clien
 BACKEND_KEY = "backend"  # trainer to launcher: what it computes with, in words
 READY_KEY = "ready"  # client to launcher: what the engines say about themselves, and which prompts were taken
 CONNECT_TIMEOUT_S = 60.0
+PART_BYTES = 4 << 20
 
 
 def order_key(number: int) -> str:
@@ -41,7 +43,7 @@ def engine_layout_key(digest: str) -> str:
 
 
 def meeting_key(generation: int) -> str:
-    """Rank 0 to client: the digest of the plan by which the ranks of `generation` send weights."""
+    """Rank 0 to client: how engines meet the ranks of `generation` (an `engine.GroupUpdate`)."""
     return f"meeting/{generation}"
 
 
@@ -50,6 +52,27 @@ def connect_store(address: str, timeout_s: float) -> dist.TCPStore:
     host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def put_bytes(store: dist.Store, key: str, data: bytes) -> None:
+    """Leaves bytes of any number under `key`, which is there when all of them are; a store refuses more than 8 MiB."""
+    parts = [data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
+    for number, part in enumerate(parts):
+        value: Any = part  # bytes are taken, though the annotation says str
+        store.set(f"{key}/part{number}", value)
+    store.set(key, str(len(parts)))
+
+
+def get_bytes(store: dist.Store, key: str) -> bytes:
+    """What `put_bytes` left; waits for it."""
+    return b"".join(store.get(f"{key}/part{number}") for number in range(int(store.get(key))))
+
+
+def delete_bytes(store: dist.Store, key: str) -> None:
+    """What `put_bytes` left is gone."""
+    for number in range(int(store.get(key))):
+        store.delete_key(f"{key}/part{number}")
+    store.delete_key(key)
 
 
 class ControlTimeout(RuntimeError):
@@ -76,11 +99,11 @@ class Control:
 
     def post(self, key: str, message: Mapping[str, Any]) -> None:
         """Leaves `message` (anything JSON can say) for everybody who waits for `key`."""
-        self._store.set(key, json.dumps(message))
+        put_bytes(self._store, key, zlib.compress(json.dumps(message).encode(), level=1))
 
     def peek(self, key: str) -> dict[str, Any] | None:
         """The message posted under `key`, or None if there is none yet."""
-        return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return self._read(key) if self._store.check([key]) else None
 
     def wait(self, key: str, timeout_s: float) -> dict[str, Any]:
         """The message posted under `key`; raises ControlTimeout after `timeout_s` seconds."""
@@ -88,7 +111,16 @@ class Control:
             self._store.wait([key], timedelta(seconds=timeout_s))
         except dist.DistStoreError as error:
             raise ControlTimeout(f"waited {timeout_s:.0f} s for {key!r}, got nothing: {error}") from None
-        return dict(json.loads(self._store.get(key)))
+        return self._read(key)
+
+    def take(self, key: str, timeout_s: float) -> dict[str, Any]:
+        """As `wait`, and the message is gone."""
+        message = self.wait(key, timeout_s)
+        delete_bytes(self._store, key)
+        return message
+
+    def _read(self, key: str) -> dict[str, Any]:
+        return dict(json.loads(zlib.decompress(get_bytes(self._store, key))))
 
 
 class Orders:
@@ -111,6 +143,6 @@ class Orders:
 
     async def reply(self) -> dict[str, Any]:
         """Waits for the answer to the order that was given."""
-        message = await asyncio.to_thread(self.control.wait, reply_key(self._given - 1), self.timeout_s)
+        message = await asyncio.to_thread(self.control.take, reply_key(self._given - 1), self.timeout_s)
         self._answered = self._given
         return message

@@ -167,12 +167,15 @@ def _introduction(message: Mapping[str, Any]) -> list[str]:
 
 
 def with_transport(config: Config) -> Config:
-    """The config with sync.transport decided."""
+    """The config with sync.transport decided. Raises ValueError where it cannot be what was asked for."""
     sync = config.sync
+    far = not all(map(is_local, config.rollout.urls))
+    own_gpus = not config.rollout.urls and not runs_on_cpu() and _own_gpus(config)
+    if sync.transport == "ipc" and own_gpus:
+        raise ValueError("sync.transport: got ipc, expected group: the engines have GPUs that no rank sees")
     if sync.transport != "auto":
         return config
-    far = not all(map(is_local, config.rollout.urls))
-    chosen = "group" if far or (not config.rollout.urls and _own_gpus(config)) else "shm"
+    chosen = "group" if far or (own_gpus and config.rollout.engines == 1) else "shm"
     return config.model_copy(update={"sync": sync.model_copy(update={"transport": chosen})})
 
 
@@ -201,8 +204,11 @@ def _start_engine(config: Config, number: int, logs: Path) -> tuple[str, Child]:
         extra=["--enable-expert-parallel"] if rollout.expert_parallel else [],
     )
     env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
-    if separate:  # the first GPUs that no rank and no engine before has
-        gpus = range(ranks + number * rollout.tensor, ranks + (number + 1) * rollout.tensor)
+    if not cpu:  # those that no rank and no engine before has; where there are too few, each engine shares others
+        import torch
+
+        first = number * rollout.tensor + (ranks if separate else 0)
+        gpus = [(first + i) % torch.cuda.device_count() for i in range(rollout.tensor)]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[gpu] if visible else str(gpu) for gpu in gpus)
     name = "engine" if rollout.engines == 1 else f"engine{number}"

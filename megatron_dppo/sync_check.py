@@ -38,7 +38,8 @@ SAMPLES = 8  # of each engine after each update, in as many micro-batches
 
 @dataclass(frozen=True)
 class Row:
-    """What one update showed. `different`: tensors of which an engine has other bits than the trainer."""
+    """What one update showed. `different`: tensors of which an engine has other bits than the trainer; `lost`: engines
+    that could not be asked."""
 
     version: int
     seconds: float
@@ -47,11 +48,12 @@ class Row:
     tokens: int
     worst: float  # difference of a token's log-prob
     tolerance: float
+    lost: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether all is as it must be."""
-        return not self.different and self.worst <= self.tolerance
+        return not self.different and not self.lost and self.worst <= self.tolerance
 
 
 def check_sync(config: Config, updates: int, console: Console) -> list[Row]:
@@ -67,7 +69,7 @@ def check_sync(config: Config, updates: int, console: Console) -> list[Row]:
 
         def watch() -> None:
             while (found := running.control.peek(_row_key(len(rows) + 1))) is not None:
-                rows.append(Row(**{**found, "different": tuple(found["different"])}))
+                rows.append(Row(**{**found, "different": tuple(found["different"]), "lost": tuple(found["lost"])}))
                 console.print(_line(rows[-1]), highlight=False)
 
         supervise(running.children, until=running.until, watch=watch)
@@ -80,10 +82,11 @@ def _row_key(version: int) -> str:
 
 
 def _line(row: Row) -> str:
+    lost = f"lost: {', '.join(row.lost)}; " if row.lost else ""
     bits = f"{len(row.different)} differ, {', '.join(row.different[:3])}" if row.different else "equal bit by bit"
     return (
-        f"update {row.version}: {row.seconds:.2f} s, {row.tensors} tensors: {bits}; log-probs of {row.tokens} tokens "
-        f"within {row.worst:.1e} (at most {row.tolerance:g}): {'ok' if row.passed else 'FAILED'}"
+        f"update {row.version}: {row.seconds:.2f} s, {lost}{row.tensors} tensors: {bits}; "
+        f"log-probs of {row.tokens} tokens within {row.worst:.1e} (at most {row.tolerance:g}): {'ok' if row.passed else 'FAILED'}"
     )
 
 
@@ -117,7 +120,8 @@ async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: i
     worst = (await _ask(orders, {"do": "score", "file": str(path)}))["worst"]
     tokens = sum(trajectory.response_length for trajectory in trajectories)
     names = tuple(sorted(different))
-    return Row(version, seconds, len(expected), names, tokens, worst, TOLERANCE[config.rollout.dtype])
+    lost = tuple(engine.url for engine in fleet.engines if engine not in fleet.living)
+    return Row(version, seconds, len(expected), names, tokens, worst, TOLERANCE[config.rollout.dtype], lost)
 
 
 async def _ask(orders: Orders, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def _requests(config: Config, version: int, engines: int) -> list[Request]:
     rng = np.random.default_rng([config.run.seed, version])
     vocab_size, rollout = load_architecture(config.model.path).vocab_size, config.rollout
     requests = []
-    for i in range(SAMPLES * engines):
+    for i in range(max(SAMPLES * engines, config.parallel.least_micro_batches)):
         ids = rng.integers(0, vocab_size, rng.integers(1, config.data.max_prompt_tokens + 1)).tolist()
         sampling = Sampling(
             rollout.temperature, rollout.max_response_tokens, training=True, seed=int(rng.integers(1 << 31))

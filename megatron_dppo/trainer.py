@@ -299,6 +299,9 @@ def main(config: Config) -> None:
     )
     with writer as opened:
         trainer.run(opened)
+    disk = trainer.senders["disk"]
+    if rank.rank == 0 and isinstance(disk, FileSender):
+        disk.close()
     save_checkpoint(model.held, config.model.path, config.run.dir / "model")
     finalise_parallel()
 
@@ -308,7 +311,7 @@ def weight_senders(config: Config, control: Control, held: Held) -> dict[Transpo
     sync = config.sync
     return {
         "shm": FileSender(held, Path(os.environ[SHARED_VARIABLE]), on_disk=False),
-        "disk": FileSender(held, sync.directory_of(config.run.dir), on_disk=True),
+        "disk": FileSender(held, sync.directory_of(config.run), on_disk=True),
         **{
             transport: GroupSender(
                 held,

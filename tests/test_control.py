@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 
@@ -20,6 +21,15 @@ def test_a_message_arrives_whoever_comes_first() -> None:
     )
     threading.Timer(0.2, lambda: server.post(reply_key(1), {"version": 1})).start()
     assert client.wait(reply_key(1), 10.0) == {"version": 1}
+
+
+def test_messages_of_any_size_arrive_and_can_be_taken() -> None:
+    server = Control.serve()
+    client = Control.connect(server.address)
+    noise = {"text": "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FFF), k=6_000_000)))}
+    client.post("large", noise)
+    assert server.wait("large", 5.0) == noise
+    assert server.take("large", 5.0) == noise and client.peek("large") is None
 
 
 def test_waiting_ends_at_the_deadline() -> None:

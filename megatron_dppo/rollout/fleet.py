@@ -75,7 +75,7 @@ class Fleet:
         self._version = 0
         self._mending = asyncio.Lock()
         self._losses: Counter[RolloutEngine] = Counter()  # how often each was lost: errors of before are old news
-        self._given_up: EngineError | None = None
+        self._given_up: Exception | None = None
         # Names of groups must be new to engines that have served other jobs: numbers that only time brings.
         self._generation = time.time_ns()
         self._met: list[RolloutEngine] = []  # who can be sent to without a new meeting
@@ -108,7 +108,6 @@ class Fleet:
         give_up = time.monotonic() + self._patience_s
         while not self.living:
             if time.monotonic() > give_up:
-                self._given_up = error
                 raise error
             await asyncio.sleep(POLL_S)
             await self._bring(await self._back(self.engines))
@@ -145,13 +144,23 @@ class Fleet:
 
     async def _send(self, engines: Sequence[RolloutEngine]) -> Failures:
         """Has the ranks send the current weights; returns who did not get them, and why. The others are in use."""
-        failures = await _each(engines, lambda engine: engine.pause("wait"))
+        failures = await _each(engines, self._prepare)
         able = [engine for engine in engines if engine not in failures]
         if not able:
             return failures
         if self._transport in ("group", "ipc"):
             return failures | await self._send_by_group(able)
         return failures | await self._send_by_file(able)
+
+    async def _prepare(self, engine: RolloutEngine) -> None:
+        """Pauses an engine; one that was restarted meanwhile is looked at anew, and has to be met anew."""
+        await engine.pause("wait")
+        try:
+            await engine.health()
+        except EngineRestarted as error:
+            self._met = []
+            if not await self._answers(engine):
+                raise EngineUnreachable(engine.url, "it was restarted, and does not answer any more") from error
 
     async def _send_by_file(self, engines: Sequence[RolloutEngine]) -> Failures:
         self._orders.give({"do": "send", "transport": self._transport, "version": self._version})
@@ -168,7 +177,8 @@ class Fleet:
                 layouts[engine] = await self._publish_layout(engine)
 
             if failures := await _each(engines, look):
-                return failures
+                unsent = "nothing was sent: another engine did not say what it keeps"
+                return {engine: failures.get(engine) or EngineError(engine.url, unsent) for engine in engines}
             _require_alike(layouts)
             self._generation += 1
             self._layout = layouts[engines[0]]
@@ -221,39 +231,50 @@ class Fleet:
     # ---- sampling ----
 
     async def sample(self, requests: Sequence[Request]) -> list[Trajectory]:
-        """A response to each request, all from the current weights. Raises EngineError when no engine is left."""
+        """A response to each request, all from the current weights.
+
+        Raises EngineError when no engine is left, or for a request that fails wherever it goes.
+        """
         results = list(await asyncio.gather(*map(self._sample, requests)))
-        # A server that was restarted between two requests has answered from the weights of its start.
-        while restarted := await self._mend_restarted():
-            again = [i for i, (engine, _) in enumerate(results) if engine in restarted]
+        while True:
+            await self._mend_restarted()
+            # Until somebody noticed, a server that was restarted has answered from the weights of its start.
+            again = [i for i, (engine, losses, _) in enumerate(results) if self._losses[engine] != losses]
+            if not again:
+                return [trajectory for *_, trajectory in results]
             log.warning("%d samples are taken again", len(again))
             for i, result in zip(again, await asyncio.gather(*(self._sample(requests[i]) for i in again)), strict=True):
                 results[i] = result
-        return [trajectory for _, trajectory in results]
 
-    async def _sample(self, request: Request) -> tuple[RolloutEngine, Trajectory]:
+    async def _sample(self, request: Request) -> tuple[RolloutEngine, int, Trajectory]:
+        """The response, who gave it, and how often that engine had been lost when it was asked."""
+        failures = 0
         while True:
+            if self._given_up:
+                raise self._given_up
             if not self.living:
                 async with self._mending:  # somebody waits for one to come back
-                    if self._given_up:
-                        raise self._given_up
-                continue
+                    continue
             engine = self.living[request.spread % len(self.living)]
             losses = self._losses[engine]
             try:
-                return engine, await engine.generate(
+                trajectory = await engine.generate(
                     request.prompt_ids, request.sampling, request.request_id, group_id=request.group_id
                 )
             except (EngineUnreachable, EngineRestarted, EngineNotReady) as error:
+                failures += 1
+                if failures > self._attempts + len(self.engines):
+                    raise
                 await self._mend(engine, error, losses)
+            else:
+                return engine, losses, trajectory
 
-    async def _mend_restarted(self) -> set[RolloutEngine]:
+    async def _mend_restarted(self) -> None:
         failures = await _each(list(self.living), lambda engine: engine.health())
         for engine, error in failures.items():
             if not isinstance(error, EngineUnreachable | EngineRestarted):
                 raise error
             await self._mend(engine, error, self._losses[engine])
-        return set(failures)
 
     async def _mend(self, engine: RolloutEngine, error: EngineError, losses: int) -> None:
         """Brings an engine back with the current weights, or goes on without it; waits for the last one.
@@ -267,10 +288,14 @@ class Fleet:
         self.living.remove(engine)
         self._losses[engine] += 1
         async with self._mending:
-            if not self.living:
-                await self._wait_for_one(error)
-            elif await self._back([engine]):
-                await self._bring([engine])
+            try:
+                if not self.living:
+                    await self._wait_for_one(error)
+                elif await self._back([engine]):
+                    await self._bring([engine])
+            except Exception as error:
+                self._given_up = error  # of all who wait
+                raise
 
 
 async def _each(engines: Iterable[RolloutEngine], action: Callable[[RolloutEngine], Awaitable[Any]]) -> Failures:

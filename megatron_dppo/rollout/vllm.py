@@ -121,6 +121,12 @@ class VllmEngine:
                         f"got logprobs_mode {facts['logprobs_mode']}, expected processed_logprobs (those at "
                         "the sampling temperature); start the server with vllm_server.server_command",
                     )
+                if facts["data_parallel_size"] != 1:
+                    # Such a server asks all its replicas and passes on the answer of the first.
+                    raise EngineError(
+                        self.url,
+                        f"got --data-parallel-size {facts['data_parallel_size']}, expected 1: start a server a replica",
+                    )
                 self._version, self._updates = await self._weights()
                 if self._version < 0:
                     self._state = "unusable"

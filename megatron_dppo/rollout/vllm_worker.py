@@ -269,6 +269,7 @@ class WorkerExtension:
         moe_layers = {int(m[1]) for name in names if (m := re.search(r"layers\.(\d+)\..*experts\.\d", name))}
         return {
             "engine_version": vllm.__version__,
+            "data_parallel_size": self.vllm_config.parallel_config.data_parallel_size,
             "vocab_size": config.get_vocab_size(),
             "max_model_len": config.max_model_len,
             "max_logprobs": config.max_logprobs,

@@ -21,6 +21,8 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 def box_fingerprint(values: Tensor, start: tuple[int, ...], columns: int) -> int:
     """Of a box [rows, ...] that begins at `start` in a tensor with `columns` elements a row (1 if it has one axis)."""
+    if not values.numel():  # of a rank whose share is padding
+        return 0
     matrix = values.detach().reshape(len(values), -1).contiguous().view(_BITS[values.dtype.itemsize])
     rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     column = torch.arange(matrix.shape[1], device=matrix.device) + (start[1] if len(start) > 1 else 0)

@@ -71,13 +71,17 @@ class FileSender:
         if path != before:
             if self._held.rank == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
+                self.close()
                 create_image(path, image_tensors(self._held.arch, self._held.dtype))
-                if before is not None:
-                    before.unlink()
             dist.barrier()
         self._path = path
         self._held.write(path)
         return {"file": manifest_of(path, version).as_json()}
+
+    def close(self) -> None:
+        """Removes what was sent, also by an earlier run."""
+        for file in self._directory.glob("weights*.safetensors"):
+            file.unlink(missing_ok=True)
 
 
 class GroupSender:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dppo.control import get_bytes, put_bytes
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
 
 CHECKSUM_BYTES = 8
@@ -99,7 +100,8 @@ def _message(plan: Plan, dtypes: Sequence[torch.dtype], nbytes: Any, rows: Any) 
 class Channel:
     """Bytes between the `size` processes that open a channel of the same name: NCCL on a GPU, gloo elsewhere.
 
-    Opening waits for all of them. Raises TransferError where somebody does not come, or stays silent, in `timeout_s`.
+    Opening waits for all of them (over NCCL the first message between two does). Raises TransferError where somebody
+    does not come, or stays silent, in `timeout_s`.
     """
 
     def __init__(
@@ -129,11 +131,17 @@ class Channel:
 
     def send(self, data: Tensor, to: int, tag: int) -> Any:
         """Starts sending; `data` must stay as it is until `finish`."""
-        return self._group.send([data], to, tag)
+        try:
+            return self._group.send([data], to, tag)
+        except RuntimeError as error:  # at once, where the other end is known to be gone
+            raise TransferError(f"channel {self.name}: sending to {to}: {error}") from None
 
     def receive(self, data: Tensor, source: int, tag: int) -> Any:
         """Starts receiving into `data`."""
-        return self._group.recv([data], source, tag)
+        try:
+            return self._group.recv([data], source, tag)
+        except RuntimeError as error:
+            raise TransferError(f"channel {self.name}: receiving from {source}: {error}") from None
 
     def finish(self, works: Sequence[Any], what: str) -> None:
         """Waits for what was started."""
@@ -142,7 +150,7 @@ class Channel:
                 work.wait(self._timeout)
             except RuntimeError as error:
                 seconds = self._timeout.total_seconds()
-                raise TransferError(f"channel {self.name}: {what}: nothing in {seconds:.0f} s: {error}") from None
+                raise TransferError(f"channel {self.name}: {what}, at most {seconds:.0f} s: {error}") from None
 
 
 class Meeting(Protocol):
@@ -200,13 +208,12 @@ def publish(store: dist.Store, plan: Plan) -> None:
     """Leaves each worker's share of a plan in the store that the workers will join."""
     digest = plan.digest()
     for worker in range(len(plan.kept_bytes)):
-        share: Any = plan.select(dst=worker).to_bytes()  # bytes are taken, though the annotation says str
-        store.set(_share_key(digest, worker), share)
+        put_bytes(store, _share_key(digest, worker), plan.select(dst=worker).to_bytes())
 
 
 def published_share(store: dist.Store, digest: str, worker: int) -> Plan:
     """What `publish` left for a worker; waits for it."""
-    return Plan.from_bytes(store.get(_share_key(digest, worker)))
+    return Plan.from_bytes(get_bytes(store, _share_key(digest, worker)))
 
 
 def _share_key(digest: str, worker: int) -> str:

@@ -199,6 +199,82 @@ def test_what_a_restarted_engine_sampled_is_sampled_again(orders: Any) -> None:
     assert len(a.taken) == 1 and len(b.taken) == 2
 
 
+def test_what_it_answered_before_anybody_noticed_is_sampled_again(orders: Any) -> None:
+    """One request is answered from the weights of the start; another one's failure brings the engine up to date."""
+    a, b = engines = [Engine("a"), Engine("b")]
+    fleet = Fleet(engines, orders, transport="shm")
+
+    async def body() -> list[Any]:
+        await fleet.update(3)
+        b.restart()
+        generate, asked = b.generate, []
+
+        async def noticing(*args: Any, **kwargs: Any) -> Any:
+            asked.append(args[2])
+            if len(asked) == 2:
+                raise EngineRestarted("b", "it was restarted")
+            return await generate(*args, **kwargs)
+
+        b.generate = noticing  # type: ignore[method-assign]
+        return await fleet.sample(requests(6))
+
+    assert [found for *_, found in run(body)] == [3] * 6
+
+
+def test_an_engine_that_comes_back_as_another_ends_the_wait_of_all(orders: Any) -> None:
+    engine = Engine("a")
+
+    def check(url: str, found: Any) -> None:
+        if engine.weights == -7:
+            raise ValueError("another model")
+
+    fleet = Fleet([engine], orders, transport="shm", check=check)
+
+    async def body() -> None:
+        await fleet.update(0)
+        engine.up = False
+
+        def come_back() -> None:
+            engine.up, engine.weights = True, -7
+
+        asyncio.get_running_loop().call_later(0.05, come_back)
+        results = await asyncio.gather(*(fleet.sample(requests(2)) for _ in range(2)), return_exceptions=True)
+        assert all(isinstance(result, ValueError) for result in results)
+
+    run(body)
+
+
+def test_a_request_that_always_fails_is_an_error(orders: Any) -> None:
+    engine = Engine("a")
+    fleet = Fleet([engine], orders, transport="shm", attempts=2)
+
+    async def body() -> None:
+        await fleet.update(0)
+
+        async def failing(*args: Any, **kwargs: Any) -> Any:
+            raise EngineUnreachable("a", "answered 500")
+
+        engine.generate = failing  # type: ignore[method-assign]
+        with pytest.raises(EngineUnreachable, match="answered 500"):
+            await fleet.sample(requests(1))
+
+    run(body)
+
+
+def test_a_restarted_engine_is_met_anew(orders: Any) -> None:
+    """Between two updates, at the same address: the old group is not used again."""
+    engine = Engine("a")
+    fleet = Fleet([engine], orders, transport="group")
+
+    async def body() -> None:
+        await fleet.update(0)
+        engine.restart()
+        await fleet.update(1)
+
+    run(body)
+    assert engine.weights == 1 and len({order["generation"] for order in orders.done}) == 2
+
+
 @pytest.mark.parametrize("during", ["sampling", "an update"])
 def test_the_last_engine_is_waited_for(orders: Any, during: str) -> None:
     engine = Engine("a")
