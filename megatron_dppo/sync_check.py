@@ -84,9 +84,10 @@ def _row_key(version: int) -> str:
 def _line(row: Row) -> str:
     lost = f"lost: {', '.join(row.lost)}; " if row.lost else ""
     bits = f"{len(row.different)} differ, {', '.join(row.different[:3])}" if row.different else "equal bit by bit"
+    verdict = "ok" if row.passed else "FAILED"
     return (
         f"update {row.version}: {row.seconds:.2f} s, {lost}{row.tensors} tensors: {bits}; "
-        f"log-probs of {row.tokens} tokens within {row.worst:.1e} (at most {row.tolerance:g}): {'ok' if row.passed else 'FAILED'}"
+        f"log-probs of {row.tokens} tokens within {row.worst:.1e} (at most {row.tolerance:g}): {verdict}"
     )
 
 
