@@ -185,8 +185,8 @@ class VllmEngine:
         if (version, updates) != (self._version, self._updates):
             raise EngineRestarted(
                 self.url,
-                f"got weights of version {version} ({updates} updates since its start), expected {self._version} "
-                f"({self._updates}): it was restarted or another client updated it; send it the current weights",
+                f"got weights of version {version}, expected {self._version} (updates since its start: {updates}, "
+                f"expected {self._updates}): restarted, or updated by another client; send it the current weights",
             )
 
     # ---- sampling ----

@@ -63,6 +63,7 @@ class Stub:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {
             "engine_version": "0",
+            "data_parallel_size": 1,
             "vocab_size": VOCAB,
             "max_model_len": 16,
             "max_logprobs": 20,
@@ -84,7 +85,7 @@ class Stub:
             return 200, json.dumps({"results": [self.facts]}).encode()
         if body.get("method") == "mdppo_version":
             versions = self.versions.pop(0) if len(self.versions) > 1 else self.versions[0]
-            return 200, json.dumps({"results": [{"version": version} for version in versions]}).encode()
+            return 200, json.dumps({"results": [{"version": version, "updates": 0} for version in versions]}).encode()
         return 200, b"{}"
 
 
