@@ -68,7 +68,7 @@ def test_answers_that_never_end_are_wrong_in_time_and_threads_go_on(math_answer:
         scores = list(threads.map(lambda r: math_answer(r, "4", "stop"), [endless, sound, endless, sound]))
     assert [s["reward"] for s in scores] == [0, 1, 0, 1]
     assert [s["unchecked"] for s in scores] == [1, 0, 1, 0]
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60  # without a limit they would never end
 
 
 def test_close_ends_the_workers_and_they_start_again_when_asked() -> None:
