@@ -12,6 +12,7 @@ from typing import Any
 
 DIRECTORY = "checkpoints"  # in a run's
 DESCRIPTION = "training.json"  # in a checkpoint; written last
+QUEUE = "queue"  # in a checkpoint: batches that were sampled and not yet trained
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -42,6 +43,17 @@ def read_state(path: Path) -> TrainingState:
         return TrainingState(**{field.name: found[field.name] for field in fields(TrainingState)})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"resume: got {path}, expected a complete checkpoint with {DESCRIPTION}: {error}") from None
+
+
+def queue_path(checkpoint: Path, step: int) -> Path:
+    """Where a checkpoint has the batch that waits to be trained in `step`."""
+    return checkpoint / QUEUE / f"step-{step:06d}.safetensors"
+
+
+def queued_batches(checkpoint: Path) -> dict[int, Path]:
+    """The batches that wait in a checkpoint, by step."""
+    paths = (checkpoint / QUEUE).glob("step-*.safetensors")
+    return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.stem))}
 
 
 def start_of(resume: Path | str) -> int:

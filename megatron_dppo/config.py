@@ -22,13 +22,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
 
 if TYPE_CHECKING:
     from megatron_dppo.algorithm.objectives import Objective
+    from megatron_dppo.algorithm.reference_kl import ReferenceKl
 
 DType = Literal["float32", "bfloat16"]
-Transport = Literal["shm", "group", "ipc", "disk"]
 MAX_TOP_K = 128  # entries an engine is asked for beside the sampled one; a reply grows with it
 
 
@@ -99,8 +100,8 @@ class ParallelConfig(Section):
         return self.ranks // (self.tensor * self.context * self.pipeline)
 
     @property
-    def least_micro_batches(self) -> int:
-        """Of a gradient step on each replica: Megatron's schedule of virtual stages begins with one a pipeline rank."""
+    def micro_batch_multiple(self) -> int:
+        """Of a gradient step on each replica: Megatron's schedule of virtual stages takes them by pipeline ranks."""
         return self.pipeline if self.virtual > 1 else 1
 
     @property
@@ -158,6 +159,8 @@ class RolloutConfig(Section):
     max_retries: int = Field(3, ge=0)  # of one request
     start_timeout_s: float = Field(300.0, gt=0)
     kv_cache_gib: int = Field(1, ge=1)  # of an engine on the CPU
+    max_staleness: int = Field(0, ge=0)  # versions by which a token may be older than the weights it trains
+    too_old: Literal["drop", "refuse"] = "drop"  # what is older than that: sampled anew, or the end of the run
     log_topk: int = Field(0, ge=0, le=MAX_TOP_K)  # most probable tokens recorded for metrics alone
 
 
@@ -213,12 +216,22 @@ class AdvantageConfig(Section):
     normalise: Literal["none", "std", "leave_one_out"] = "none"
 
 
+class KlConfig(Section):
+    """A pull to a frozen reference policy (`algorithm/reference_kl.py`)."""
+
+    coefficient: float = Field(0.0, ge=0)  # 0: none, and no reference is loaded
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    importance: bool = True  # the gradient of the divergence under pi, not of the term on mu's samples
+    reference: Path | None = None  # Hugging Face directory of the same model; null: model.path, before training
+
+
 class LossConfig(Section):
-    """What the summed loss is divided by, and the entropy bonus."""
+    """What the summed loss is divided by, the entropy bonus, and the pull to a reference."""
 
     normaliser: Literal["tokens", "sequences", "constant"] = "tokens"
     constant: int | None = Field(None, gt=0)  # of `normaliser: constant`: tokens by which each sequence is divided
     entropy_coefficient: float = 0.0
+    kl: KlConfig = KlConfig()
     skip_zero_advantage: bool = False  # leave tokens without gradient out of the head, and of the metrics' means
 
 
@@ -246,11 +259,16 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int | None = Field(None, gt=0)  # None: `steps`
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: to compare runs with, no checkpoints
+    weight_decay: float = Field(0.0, ge=0)  # of matrices; norms and biases have none
+    no_weight_decay: tuple[str, ...] = ()  # nor have hub tensors with such names, as in "*.mlp.gate.weight"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, gt=0)
+    offload_optimizer: bool = False  # Adam and its state on the CPU, of a GPU's weights
+    recompute: Literal["none", "selective", "full"] = "none"  # in backward: attention's core, or whole layers
+    expert_bias_rate: float = Field(0.0, ge=0)  # by which a biased router's experts move towards an even load a step
     rollout_timeout_s: float = Field(3600.0, gt=0)  # how long trainer and client wait for each other in one step
 
 
@@ -351,6 +369,14 @@ def objective_of(config: Config) -> Objective:
 
     section = config.objective
     return make_objective(section.name, preset=section.preset, **section.overrides)
+
+
+def reference_kl_of(config: Config) -> ReferenceKl:
+    """The pull to a reference that the config asks for."""
+    from megatron_dppo.algorithm.reference_kl import ReferenceKl
+
+    kl = config.loss.kl
+    return ReferenceKl(kl.coefficient, kl.estimator, kl.importance)
 
 
 def num_recorded_topk(config: Config) -> int:

@@ -15,15 +15,18 @@ import json
 import math
 import socket
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
+from megatron_dppo.weights.mapping import hub_shapes
 
 if TYPE_CHECKING:
     from megatron_dppo.config import (
+        CheckpointConfig,
         DataConfig,
         EvaluationConfig,
         HeadConfig,
@@ -353,8 +356,56 @@ def _loss(loss: LossConfig) -> Iterator[str]:
         yield "loss.constant: missing, loss.normaliser constant needs it"
     if loss.normaliser != "constant" and loss.constant is not None:
         yield f"loss.constant: got {loss.constant}, which loss.normaliser {loss.normaliser} does not use"
-    if loss.skip_zero_advantage and loss.entropy_coefficient:
-        yield "loss.skip_zero_advantage: got true, expected false: the entropy bonus has a gradient at every token"
+    for name, coefficient in (
+        ("the entropy bonus", loss.entropy_coefficient),
+        ("the pull to a reference", loss.kl.coefficient),
+    ):
+        if loss.skip_zero_advantage and coefficient:
+            yield f"loss.skip_zero_advantage: got true, expected false: {name} has a gradient at every token"
+
+
+def _reference(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iterator[str]:
+    """The reference is of the same kind as the model, and its estimator pulls."""
+    kl = loss.kl
+    if not kl.coefficient:
+        for name in ("estimator", "importance", "reference"):
+            if (got := getattr(kl, name)) != type(kl).model_fields[name].default:
+                yield f"loss.kl.{name}: got {got}, which loss.kl.coefficient 0 does not use"
+        return
+    if kl.estimator == "k1" and not kl.importance:
+        yield "loss.kl.importance: got false, expected true: k1 alone has the same gradient wherever the reference is"
+    if kl.reference is None:
+        return
+    try:
+        other = load_architecture(kl.reference)
+    except (OSError, KeyError, ValueError) as error:
+        yield f"loss.kl.reference: {kl.reference}: {error}"
+        return
+    if other != arch:
+        yield f"loss.kl.reference: got another architecture in {kl.reference}, expected that of {model.path}"
+
+
+def _optimizer(
+    training: TrainingConfig, parallel: ParallelConfig, checkpoint: CheckpointConfig, arch: Architecture
+) -> Iterator[str]:
+    if training.optimizer == "sgd":
+        if parallel.distributed_optimizer:
+            yield "parallel.distributed_optimizer: got true, expected false: sgd has no state to shard"
+        if checkpoint.every:
+            yield f"checkpoint.every: got {checkpoint.every}, expected 0: training.optimizer sgd is for comparisons"
+    if training.offload_optimizer:
+        import torch
+
+        if not torch.cuda.device_count():
+            yield "training.offload_optimizer: got true, expected false: there is no GPU, all is on the CPU already"
+    if training.no_weight_decay and not training.weight_decay:
+        yield "training.no_weight_decay: got names, expected none: training.weight_decay is 0"
+    names = hub_shapes(arch)
+    for pattern in training.no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            yield f"training.no_weight_decay: got {pattern!r}, expected to match tensors, such as {next(iter(names))}"
+    if training.expert_bias_rate and not arch.sigmoid_router:
+        yield f"training.expert_bias_rate: got {training.expert_bias_rate}, expected 0: the routers have no bias"
 
 
 def _head(head: HeadConfig, parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
@@ -427,6 +478,8 @@ RULES = (
     _packed,
     _schedule,
     _loss,
+    _reference,
+    _optimizer,
     _head,
     _objective,
     _top_k,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -123,26 +123,62 @@ class Control:
         return dict(json.loads(zlib.decompress(get_bytes(self._store, key))))
 
 
+class Inbox:
+    """Orders as a rank sees them: iterate, and `answer` each before the next; "stop" is the last."""
+
+    def __init__(self, control: Control, *, answers: bool, patience_s: float, start_s: float = 0.0) -> None:
+        """`answers`: on the one rank that replies. `patience_s`: how long the next order may take; `start_s` longer the
+        first one, before which engines start."""
+        self._control, self._answers = control, answers
+        self._patience_s, self._start_s = patience_s, start_s
+        self._number = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            extra_s = self._start_s if self._number == 0 else 0.0
+            order = self._control.wait(order_key(self._number), self._patience_s + extra_s)
+            yield order
+            if order["do"] == "stop":
+                return
+            self._number += 1
+
+    def answer(self, reply: Mapping[str, Any]) -> None:
+        """Says how the order at hand went."""
+        if self._answers:
+            self._control.post(reply_key(self._number), reply)
+
+
 class Orders:
     """The client's orders to the ranks, one at a time, each done by all of them and answered by rank 0.
 
-    An order is {"do": "send" | "train" | "stop", ...}: ranks wait for nothing else, so that weights can be asked for
-    whenever an engine needs them.
+    An order is {"do": "send" | "train" | "save" | "stop", ...}: ranks wait for nothing else, so that weights can be
+    asked for whenever an engine needs them and the ranks do not train. `version`: of the ranks' weights, which every
+    order carries; a reply that carries one changes it, before any other order is given.
     """
 
     def __init__(self, control: Control, timeout_s: float) -> None:
         """`timeout_s`: how long a reply may take."""
         self.control, self.timeout_s = control, timeout_s
-        self._given = self._answered = 0
+        self._replies = Control.connect(control.address)  # who waits has a connection for itself
+        self._turn = asyncio.Lock()
+        self._given = 0
+        self.version = 0
 
-    def give(self, order: Mapping[str, Any]) -> None:
-        """Posts an order; the one before must have been answered."""
-        assert self._given == self._answered, "an order is under way"
-        self.control.post(order_key(self._given), order)
+    async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Waits for its turn, gives an order, and returns the answer. Raises ControlTimeout."""
+        async with self._turn:
+            number = self._give(order)
+            reply = await asyncio.to_thread(self._replies.take, reply_key(number), self.timeout_s)
+            self.version = reply.get("version", self.version)
+            return reply
+
+    def end(self, order: Mapping[str, Any]) -> None:
+        """The last order, which nobody answers."""
+        assert not self._turn.locked(), "an order is under way"
+        self._give(order)
+
+    def _give(self, order: Mapping[str, Any]) -> int:
+        number = self._given
+        self.control.post(order_key(number), {"version": self.version, **order})
         self._given += 1
-
-    async def reply(self) -> dict[str, Any]:
-        """Waits for the answer to the order that was given."""
-        message = await asyncio.to_thread(self.control.take, reply_key(self._given - 1), self.timeout_s)
-        self._answered = self._given
-        return message
+        return number

@@ -14,10 +14,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -100,14 +98,14 @@ async def run_client(config: Config) -> None:
         fleet = fleet_of(config, engines, orders, fingerprints=True)
         for version in range(1, config.training.steps + 1):
             control.post(_row_key(version), asdict(await _check_update(config, fleet, orders, version)))
-        orders.give({"do": "stop"})
+        orders.end({"do": "stop"})
     finally:
         for engine in engines:
             await engine.close()
 
 
 async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: int) -> Row:
-    expected = await _ask(orders, {"do": "change", "version": version})
+    expected = (await orders.do({"do": "change", "seed": version}))["fingerprints"]
     started = time.perf_counter()
     await fleet.update(version)
     seconds = time.perf_counter() - started
@@ -118,16 +116,11 @@ async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: i
     trajectories = await fleet.sample(_requests(config, version, len(fleet.living)))
     path = Path(os.environ[SHARED_VARIABLE]) / f"samples-{version}.safetensors"
     save_batch(path, [Scored(t, {}, np.zeros(t.response_length, np.float32)) for t in trajectories])
-    worst = (await _ask(orders, {"do": "score", "file": str(path)}))["worst"]
+    worst = (await orders.do({"do": "score", "file": str(path)}))["worst"]
     tokens = sum(trajectory.response_length for trajectory in trajectories)
     names = tuple(sorted(different))
     lost = tuple(engine.url for engine in fleet.engines if engine not in fleet.living)
     return Row(version, seconds, len(expected), names, tokens, worst, TOLERANCE[config.rollout.dtype], lost)
-
-
-async def _ask(orders: Orders, order: Mapping[str, Any]) -> dict[str, Any]:
-    orders.give(order)
-    return await orders.reply()
 
 
 def _requests(config: Config, version: int, engines: int) -> list[Request]:
@@ -135,7 +128,7 @@ def _requests(config: Config, version: int, engines: int) -> list[Request]:
     rng = np.random.default_rng([config.run.seed, version])
     vocab_size, rollout = load_architecture(config.model.path).vocab_size, config.rollout
     requests = []
-    for i in range(max(SAMPLES * engines, config.parallel.least_micro_batches)):
+    for i in range(SAMPLES * engines * config.parallel.micro_batch_multiple):
         ids = rng.integers(0, vocab_size, rng.integers(1, config.data.max_prompt_tokens + 1)).tolist()
         sampling = Sampling(
             rollout.temperature, rollout.max_response_tokens, training=True, seed=int(rng.integers(1 << 31))

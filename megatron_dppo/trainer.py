@@ -6,13 +6,13 @@ What comes next is the rollout client's to say, by an order (`control.Orders`).
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,23 @@ from megatron_dppo.algorithm.objectives import (
     coefficient,
     metrics,
 )
+from megatron_dppo.algorithm.reference_kl import kl_coefficient
 from megatron_dppo.backend.checkpoint import load_training, save_training
 from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.layers import transformer_engine_installed
-from megatron_dppo.backend.model import Model, load_model
-from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer, adam_package
-from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
+from megatron_dppo.backend.model import Model
+from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
+from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
-from megatron_dppo.config import Config, Transport, load_config, num_recorded_topk, objective_of
-from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, SHARED_VARIABLE, Control, order_key, reply_key
-from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch, context_share
-from megatron_dppo.head.policy_head import HeadMemory
+from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of, reference_kl_of
+from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
+from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.metrics import Laps, MetricsWriter
+from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
+from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.rollout.trajectory import load_batch
-from megatron_dppo.weights.sync import FileSender, GroupSender, Held, WeightSender, save_checkpoint
+from megatron_dppo.weights.sync import WeightSender, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,40 +52,37 @@ class Trainer:
     """One rank's model and optimizer, and the ways on which its weights leave."""
 
     config: Config
-    control: Control
+    inbox: Inbox
     model: Model
     optimizer: Optimizer
     objective: Objective
     senders: Mapping[Transport, WeightSender]
+    reference: Model | None = None  # frozen, where the loss has a KL term
     start: int = 0  # steps done before
 
     def run(self, writer: MetricsWriter | None) -> None:
         """Does what the client orders until there are no more samples. `writer` on one rank only."""
         step, laps = self.start, Laps()
-        for number in itertools.count():
-            order = self.control.wait(order_key(number), self._patience_s(number))
+        for order in self.inbox:
             laps.end("wait")
-            if order["do"] == "send":
-                reply = self.senders[order["transport"]].send(order)
-                laps.end("send")
-            elif order["do"] == "train":
-                trained = self._train_step(step, self._load(order))
-                laps.end("train")
-                _write(writer, step, order, trained, laps.restart())
-                step += 1
-                self._save(step, due=self.config.checkpoint.every)
-                laps.end("save")
-                reply = {"version": step}
-            else:
-                _write(writer, step, order, {}, laps.restart())
-                return
-            if self.model.rank.rank == 0:
-                self.control.post(reply_key(number), reply)
+            match order["do"]:
+                case "send":
+                    self.inbox.answer(self.senders[order["transport"]].send(order))
+                case "train":
+                    trained = self._train_step(step, self._load(order))
+                    laps.end("train")
+                    _write(writer, step, order, trained, laps.restart())
+                    step += 1
+                    self.inbox.answer({"version": step})
+                case "save":
+                    self._save(step, {int(batch): Path(file) for batch, file in order["queue"].items()})
+                    self.inbox.answer({})
+                case "stop":
+                    _write(writer, step, order, {}, laps.restart())
+            laps.end(order["do"])
 
-    def _save(self, step: int, due: int) -> None:
-        """A checkpoint every `due` steps (0: never), and none that is too old."""
-        if not due or step % due:
-            return
+    def _save(self, step: int, queue: Mapping[int, Path]) -> None:
+        """A checkpoint, and none that is too old any more."""
         config = self.config
         state = TrainingState(
             step=step,
@@ -94,58 +93,41 @@ class Trainer:
             layout=str(config.parallel.layout),
             megatron_core=metadata.version("megatron-core"),
         )
-        save_training(checkpoint_path(config.run.dir, step), self.model, self.optimizer, state, config.model.path)
+        path = checkpoint_path(config.run.dir, step)
+        save_training(path, self.model, self.optimizer, state, config.model.path, queue)
         if self.model.rank.rank == 0:
             remove_old_checkpoints(config.run.dir, config.checkpoint.keep)
 
-    def _patience_s(self, number: int) -> float:
-        """How long to wait for an order; the first one comes only after the engine has started."""
-        start = self.config.rollout.start_timeout_s if number == 0 else 0.0
-        return start + self.config.training.rollout_timeout_s
-
     def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
         """This replica's samples as minibatches of micro-batches; this context rank's part of each."""
-        at = self.model.rank.at
-        samples = iter(load_batch(Path(order["files"][at.data])))
-        loss, num_topk = self.config.loss, num_recorded_topk(self.config)
-        weights = LossWeights(loss.normaliser, loss.constant or 1)
-        layout = self.config.parallel.layout
+        rank, loss = self.model.rank, self.config.loss
+        samples = iter(load_batch(Path(order["files"][rank.at.data])))
+        build = partial(
+            rank_micro_batch,
+            layout=rank.parallel,
+            context_rank=rank.at.context,
+            num_topk=num_recorded_topk(self.config),
+            weights=LossWeights(loss.normaliser, loss.constant or 1),
+            packed=self.config.training.packed,
+            skip_zero_advantage=loss.skip_zero_advantage,
+        )
         return [
-            [
-                context_share(
-                    build_micro_batch(
-                        [next(samples) for _ in range(size)],
-                        num_topk=num_topk,
-                        weights=weights,
-                        packed=self.config.training.packed,
-                        length_multiple=layout.length_multiple,
-                        sequence_multiple=layout.sequence_multiple,
-                        skip_zero_advantage=loss.skip_zero_advantage,
-                    ),
-                    layout.context,
-                    at.context,
-                )
-                for size in sizes
-            ]
-            for sizes in order["micro_batch_sizes"][at.data]
+            [build([next(samples) for _ in range(size)]) for size in sizes]
+            for sizes in order["micro_batch_sizes"][rank.at.data]
         ]
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
         """One gradient step a minibatch; returns the step's metrics (on every rank)."""
-        old = self._recompute(minibatches)
+        known = self._rollout_tokens(minibatches)
         self.optimizer.advance()
         sums: list[Sums] = []
         norms = []
         for index, minibatch in enumerate(minibatches):
             self.optimizer.zero()
-            tokens = [
-                _rollout_tokens(batch, old_stats, self.model.device)
-                for batch, old_stats in zip(minibatch, old[index], strict=True)
-            ]
             results = loss_pass(
                 self.model,
                 minibatch,
-                self._coefficients(tokens),
+                self._coefficients(known[index]),
                 entropy_gradient=bool(self.config.loss.entropy_coefficient),
             )
             try:
@@ -156,8 +138,9 @@ class Trainer:
             sums += results
         at_sampling = _means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
         means = _means(sums, self.model)
-        if not num_recorded_topk(self.config):
-            del means["topk_tv"]  # not measured
+        for name, measured in (("topk_tv", num_recorded_topk(self.config)), ("kl_reference", self.reference)):
+            if not measured:
+                del means[name]
         return means | {
             "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
             "mismatch": at_sampling["mean_abs_pi_minus_mu"],
@@ -165,45 +148,73 @@ class Trainer:
             "lr": self.optimizer.lr,
         }
 
-    def _recompute(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[TokenStats | None]]:
-        """The old policy's statistics, before its weights move; only where the objective is anchored to it."""
-        if self.objective.anchor == "rollout":
-            return [[None] * len(minibatch) for minibatch in minibatches]
-        old: list[list[TokenStats | None]] = []
-        for minibatch in minibatches:
-            stats = stats_pass(self.model, minibatch)
-            old.append([*stats] if self.model.rank.is_last_stage else [None] * len(minibatch))
-        return old
+    def _rollout_tokens(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[RolloutTokens]]:
+        """What is known of each micro-batch's tokens before the weights move: what the engine recorded and, where the
+        loss asks for them, the old policy's statistics and the reference's."""
+        known = [[_recorded(batch, self.model.device) for batch in minibatch] for minibatch in minibatches]
+        if self.objective.anchor == "recomputed":
+            known = _extended(known, self.model, minibatches, _as_anchor)
+        if self.reference is not None:
+            alone = [[replace(batch, topk_ids=None) for batch in minibatch] for minibatch in minibatches]
+            known = _extended(known, self.reference, alone, _as_reference)
+        return known
 
     def _coefficients(self, tokens: Sequence[RolloutTokens]) -> Any:
-        """Eq. 23 for the head: per token M_t min(r_t, C) A_t, and the entropy bonus where the config has one."""
-        bonus = self.config.loss.entropy_coefficient
+        """Eq. 23 for the head: per token M_t min(r_t, C) A_t, and the entropy bonus and the pull to the reference where
+        the config has them."""
+        bonus, penalty = self.config.loss.entropy_coefficient, reference_kl_of(self.config)
 
         def coefficients(index: int, stats: TokenStats, part: slice) -> tuple[Tensor, Tensor | None, Sums]:
             rollout = tokens[index][part]
             result = coefficient(self.objective, stats, rollout)
             c_entropy = torch.full_like(stats.entropy, bonus) if bonus else None
-            return result.value, c_entropy, metrics(stats, rollout, result)
+            value, sums = result.value, metrics(stats, rollout, result)
+            if rollout.reference_logprob is not None:
+                ratio = result.ratio.clamp(max=self.objective.cap)
+                pull, distance = kl_coefficient(penalty, stats.logprob, rollout.reference_logprob, ratio)
+                value = value + pull
+                sums["kl_reference"] = distance.double().sum()
+            return value, c_entropy, sums
 
         return coefficients
 
 
-def _rollout_tokens(batch: MicroBatch, old: TokenStats | None, device: torch.device) -> RolloutTokens:
+def _recorded(batch: MicroBatch, device: torch.device) -> RolloutTokens:
     topk = None if batch.mu_topk_logprob is None else torch.from_numpy(batch.mu_topk_logprob).to(device)
     return RolloutTokens(
         advantage=torch.from_numpy(batch.advantage).to(device),
         logprob=torch.from_numpy(batch.mu_logprob).to(device),
         topk_logprob=topk,
-        recomputed_logprob=None if old is None else old.logprob,
-        recomputed_topk_logprob=None if old is None else old.topk_logprob,
     )
+
+
+def _as_anchor(tokens: RolloutTokens, old: TokenStats) -> RolloutTokens:
+    return replace(tokens, recomputed_logprob=old.logprob, recomputed_topk_logprob=old.topk_logprob)
+
+
+def _as_reference(tokens: RolloutTokens, reference: TokenStats) -> RolloutTokens:
+    return replace(tokens, reference_logprob=reference.logprob)
+
+
+def _extended(
+    known: list[list[RolloutTokens]],
+    model: Model,
+    minibatches: Sequence[Sequence[MicroBatch]],
+    extend: Callable[[RolloutTokens, TokenStats], RolloutTokens],
+) -> list[list[RolloutTokens]]:
+    """What is known, with a model's statistics; on the ranks of the last stage, where they are."""
+    extended = []
+    for tokens, minibatch in zip(known, minibatches, strict=True):
+        found = stats_pass(model, minibatch)
+        extended.append([*map(extend, tokens, found)] if model.rank.is_last_stage else tokens)
+    return extended
 
 
 def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
     """Means over all tokens of all replicas. One all-reduce of a dozen float64; the numbers leave the device here."""
     names = (
         "loss", "count", "skipped", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
-        "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
+        "kl_reference", "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
     )  # fmt: skip
     total = torch.zeros(len(names), dtype=torch.float64, device=model.device)
     if model.rank.reports:
@@ -222,6 +233,7 @@ def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
         "divergence": value["divergence"] / tokens,
         "kl_mu_pi": value["kl_mu_pi"] / tokens,
         "topk_tv": value["topk_tv"] / tokens,
+        "kl_reference": value["kl_reference"] / tokens,
         "masked_share_positive": value["masked_positive"] / positive,
         "masked_share_negative": value["masked_negative"] / negative,
         "bad_update_share": value["bad_updates"] / negative,
@@ -246,51 +258,29 @@ def _write(
 
 def main(config: Config) -> None:
     """One rank, from joining the job to leaving it."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    split = config.parallel
-    rank = initialise_parallel(split.layout, config.run.seed, config.training.rollout_timeout_s)
-    dtype = getattr(torch, config.model.dtype)
-    model = load_model(
-        config.model.path, rank, dtype,
-        sequence_parallel=split.uses_sequence_parallel, temperature=config.rollout.temperature,
-        head_memory=HeadMemory(config.head.path, config.head.memory_bytes),
-    )  # fmt: skip
-    training = config.training
-    settings = AdamSettings(
-        lr=training.lr,
-        min_lr_ratio=training.min_lr_ratio,
-        warmup_steps=training.warmup_steps,
-        decay_steps=training.decay_steps or training.steps,
-        schedule=training.schedule,
-        weight_decay=training.weight_decay,
-        beta1=training.beta1,
-        beta2=training.beta2,
-        eps=training.eps,
-        clip_grad=training.clip_grad,
-    )
-    optimizer = Optimizer(
-        model.chunks,
-        settings,
-        dtype=dtype,
-        distributed=split.distributed_optimizer,
-        overlap_grad_reduce=split.overlap_grad_reduce,
-    )
+    rank = join_job(config)
+    model, optimizer = with_optimizer(config, load_policy(config, rank))
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     if rank.rank == 0:
         layers = "Transformer Engine" if transformer_engine_installed() else "torch"
         text = f"{model.device.type} over {communication_backend()}, layers of {layers}, Adam of {adam_package()}"
         control.post(BACKEND_KEY, {"text": text})
-    model = replace(model, chunks=optimizer.chunks)
     start = start_of(config.resume)
     if config.resume != "never":
         load_training(Path(config.resume), model, optimizer)
     trainer = Trainer(
         config=config,
-        control=control,
+        inbox=Inbox(
+            control,
+            answers=rank.rank == 0,
+            patience_s=config.training.rollout_timeout_s,
+            start_s=config.rollout.start_timeout_s,
+        ),
         model=model,
         optimizer=optimizer,
         objective=objective_of(config),
         senders=weight_senders(config, control, model.held),
+        reference=reference_of(config, rank),
         start=start,
     )
     logging = config.logging
@@ -299,30 +289,10 @@ def main(config: Config) -> None:
     )
     with writer as opened:
         trainer.run(opened)
-    disk = trainer.senders["disk"]
-    if rank.rank == 0 and isinstance(disk, FileSender):
-        disk.close()
+    for sender in trainer.senders.values():
+        sender.close()
     save_checkpoint(model.held, config.model.path, config.run.dir / "model")
     finalise_parallel()
-
-
-def weight_senders(config: Config, control: Control, held: Held) -> dict[Transport, WeightSender]:
-    """A way for every transport that an order may name."""
-    sync = config.sync
-    return {
-        "shm": FileSender(held, Path(os.environ[SHARED_VARIABLE]), on_disk=False),
-        "disk": FileSender(held, sync.directory_of(config.run), on_disk=True),
-        **{
-            transport: GroupSender(
-                held,
-                control,
-                bucket_bytes=sync.bucket_bytes,
-                timeout_s=sync.timeout_s,
-                one_machine=transport == "ipc",
-            )
-            for transport in ("group", "ipc")
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def train_rank(model_path: Path, seed: int) -> None:
     from transformers import AutoTokenizer
 
     from megatron_dppo.backend.model import load_model
-    from megatron_dppo.backend.optimizer import AdamSettings, Optimizer
+    from megatron_dppo.backend.optimizer import Optimizer, OptimizerSettings
     from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
     from megatron_dppo.backend.step import loss_pass
     from megatron_dppo.weights.sync import save_checkpoint
@@ -103,7 +103,7 @@ def train_rank(model_path: Path, seed: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     rank = initialise_parallel(PARALLEL, seed)
     model = load_model(model_path, rank, torch.float32, sequence_parallel=False)
-    settings = AdamSettings(
+    settings = OptimizerSettings(
         lr=3e-3,
         warmup_steps=50,
         decay_steps=ITERATIONS,

@@ -235,6 +235,7 @@ class RolloutTokens(_PerToken):
     topk_logprob: Tensor | None = None  # f32[T, K+1], log mu in the columns of TokenStats.topk_logprob
     recomputed_logprob: Tensor | None = None  # f32[T], of the old policy, recomputed by the trainer
     recomputed_topk_logprob: Tensor | None = None  # f32[T, K+1], the same at mu's recorded ids
+    reference_logprob: Tensor | None = None  # f32[T], of a frozen policy (`reference_kl`)
 
 
 @dataclass(frozen=True)

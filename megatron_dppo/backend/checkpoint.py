@@ -1,14 +1,16 @@
 """Training state on disk, by Megatron's own `dist_checkpointing`: whole or not there, loadable at another layout.
 
 A checkpoint is a directory `step-<n>`: a torch_dist checkpoint of weights and optimizer (which
-`megatron-dppo convert megatron-to-hf` reads too), the model's Hugging Face directory without weights in `hf/`, and
-`training.json`, which says what it is. It is written beside and renamed when every rank is through.
+`megatron-dppo convert megatron-to-hf` reads too), the model's Hugging Face directory without weights in `hf/`, the
+batches that were sampled ahead in `queue/`, and `training.json`, which says what it is. It is written beside and
+renamed when every rank is through.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
-from megatron_dppo.checkpoints import DESCRIPTION, TrainingState
+from megatron_dppo.checkpoints import DESCRIPTION, QUEUE, TrainingState, queue_path
 from megatron_dppo.weights.checkpoint import CARRIED, carry_description
 from megatron_dppo.weights.global_tensors import content_metadata, default_scheme
 
@@ -32,8 +34,16 @@ RESHARDABLE = {
 WRITERS = 1  # processes a rank writes with
 
 
-def save_training(path: Path, model: Model, optimizer: Optimizer, state: TrainingState, source: Path) -> None:
-    """Every rank calls this. `source`: the Hugging Face directory that training began with.
+def save_training(
+    path: Path,
+    model: Model,
+    optimizer: Optimizer,
+    state: TrainingState,
+    source: Path,
+    queue: Mapping[int, Path] | None = None,
+) -> None:
+    """Every rank calls this. `source`: the Hugging Face directory that training began with. `queue`: files of batches
+    to come, by step; copied.
 
     Collectives: Megatron's, which gather the optimizer's state on one replica, and two barriers.
     """
@@ -42,6 +52,9 @@ def save_training(path: Path, model: Model, optimizer: Optimizer, state: Trainin
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         carry_description(source, beside / CARRIED, None)
+        for step, file in (queue or {}).items():
+            (beside / QUEUE).mkdir(exist_ok=True)
+            shutil.copyfile(file, queue_path(beside, step))
     dist.barrier()
     metadata = _metadata(model)
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)

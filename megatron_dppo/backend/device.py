@@ -156,6 +156,7 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _mend_megatron() -> None:
     """Places of megatron-core 0.16 that take a GPU for granted, or took a call's name early."""
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -166,3 +167,33 @@ def _mend_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_numpy_or_same
+    mappings._gather_along_first_dim = _gather_any_sizes(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _scatter_any_sizes(mappings._reduce_scatter_along_first_dim)
+
+
+def _gather_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Experts under expert tensor parallelism gather as many tokens as each rank happens to have; gloo's all-gather
+    wants the same number of each, its all-to-all does not."""
+
+    def gather(input_: Any, group: Any, sizes: list[int] | None = None, *rest: Any, **named: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return original(input_, group, sizes, *rest, **named)
+        output = input_.new_empty((sum(sizes), *input_.shape[1:]))
+        copies = torch.cat([input_] * group.size())
+        torch.distributed.all_to_all_single(output, copies, sizes, [len(input_)] * group.size(), group=group)
+        return output
+
+    return gather
+
+
+def _scatter_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same way back."""
+
+    def scatter(input_: Any, group: Any, sizes: list[int] | None = None, *rest: Any, **named: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return original(input_, group, sizes, *rest, **named)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].contiguous()
+
+    return scatter

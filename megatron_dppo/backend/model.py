@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -21,6 +22,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,14 +46,25 @@ from megatron_dppo.weights.layout import (
 from megatron_dppo.weights.local import load_pieces
 from megatron_dppo.weights.sync import Held
 
+Recompute = Literal["none", "selective", "full"]
+
 
 def transformer_config(
-    arch: Architecture, parallel: Parallel, dtype: torch.dtype, sequence_parallel: bool
+    arch: Architecture,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute = "none",
+    expert_bias_rate: float = 0.0,
 ) -> TransformerConfig:
     """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss."""
     settings = _latent_settings(arch) if arch.latent else {}
     if arch.is_moe:
-        settings |= _moe_settings(arch, parallel)
+        settings |= _moe_settings(arch, parallel) | {"moe_router_bias_update_rate": expert_bias_rate}
+    if recompute != "none":
+        settings["recompute_granularity"] = recompute
+    if recompute == "full":
+        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     if parallel.pipeline > 1:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(arch, parallel)
     return (MLATransformerConfig if arch.latent else TransformerConfig)(
@@ -123,7 +136,6 @@ def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
         "moe_router_group_topk": arch.expert_groups_per_tok if limited else None,
         "moe_router_topk_scaling_factor": arch.routed_scaling_factor if arch.sigmoid_router else None,
         "moe_router_enable_expert_bias": arch.sigmoid_router,
-        "moe_router_bias_update_rate": 0.0,  # Megatron would move the bias, behind the engines' back
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": 0.0,
@@ -157,17 +169,14 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def build_chunks(
-    arch: Architecture, rank: Rank, dtype: torch.dtype, sequence_parallel: bool
-) -> tuple[gpt_model.GPTModel, ...]:
+def build_chunks(arch: Architecture, rank: Rank, config: TransformerConfig) -> tuple[gpt_model.GPTModel, ...]:
     """This rank's chunks of layers (one, unless stages are virtual), their parameters not yet filled.
 
     Raises ValueError where Megatron could not hold the model at this layout (its own messages come as they are).
     """
-    if (arch.is_moe or arch.latent) and rank.parallel.tensor > 1 and not sequence_parallel:
+    if (arch.is_moe or arch.latent) and rank.parallel.tensor > 1 and not config.sequence_parallel:
         what = "experts" if arch.is_moe else "latent attention"
         raise ValueError(f"parallel.sequence_parallel: got false, expected true ({what} under TP > 1 needs it)")
-    config = transformer_config(arch, rank.parallel, dtype, sequence_parallel)
     return tuple(_build_chunk(arch, rank, config, chunk) for chunk in range(rank.parallel.virtual))
 
 
@@ -194,6 +203,8 @@ def _build_chunk(arch: Architecture, rank: Rank, config: TransformerConfig, chun
         frequencies = llama3_inverse_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
     _mark_split_weights(model)
+    _mark_experts(model, rank.parallel)
+    _count_only_tokens(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("embedding.", "output_layer.")):
@@ -216,7 +227,31 @@ def _mark_split_weights(model: nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=axis, stride=1)
 
 
-def _unwrapped(chunk: nn.Module) -> Any:
+def _mark_experts(model: nn.Module, parallel: Parallel) -> None:
+    """Experts have replicas of their own as soon as their grid is another one than the dense layers'; Megatron sees to
+    that only for expert parallelism, and would sum the gradients of whole experts under TP over too few ranks."""
+    if parallel.expert > 1 or parallel.expert_tensor != parallel.tensor:
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def _count_only_tokens(model: nn.Module) -> None:
+    """Routers with a bias count each expert's tokens, without padding; Megatron's own way with a mask is for as many
+    experts as tokens."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._apply_expert_bias = partial(_count_tokens, module)
+
+
+def _count_tokens(router: TopKRouter, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+    """`routing_map bool[T, E]`, `padding_mask bool[T]`. In passes with gradient, so that recomputing counts once."""
+    if router.enable_expert_bias and torch.is_grad_enabled():
+        chosen = routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
+        router.local_tokens_per_expert += chosen.sum(dim=0)
+
+
+def unwrapped(chunk: nn.Module) -> Any:
     """The GPTModel, without Megatron's DDP around it."""
     return chunk.module if hasattr(chunk, "module") else chunk
 
@@ -253,13 +288,13 @@ class Model:
         return {
             chunk_prefix(self.rank.parallel, v) + name: tensor
             for v, chunk in enumerate(self.chunks)
-            for name, tensor in tensors_of(_unwrapped(chunk)).items()
+            for name, tensor in tensors_of(unwrapped(chunk)).items()
         }
 
     @property
     def head_weight(self) -> Tensor:
         """The LM head's shard [padded vocabulary / TP, H] of the last stage (the embedding's where they are tied)."""
-        last = _unwrapped(self.chunks[-1])
+        last = unwrapped(self.chunks[-1])
         if last.share_embeddings_and_output_weights:
             return last.shared_embedding_or_output_weight()
         return last.output_layer.weight
@@ -294,8 +329,13 @@ def load_model(
     sequence_parallel: bool,
     temperature: float = 1.0,
     head_memory: HeadMemory = HeadMemory(),
+    recompute: Recompute = "none",
+    expert_bias_rate: float = 0.0,
 ) -> Model:
     """This rank's part of the model in a Hugging Face directory; each rank reads only the rows it holds.
+
+    `recompute`: what backward computes again instead of keeping it, the core of attention or whole layers.
+    `expert_bias_rate`: by which a gradient step moves the bias of a router's experts towards an even load.
 
     What this package does not compute (multi-token prediction) is left out; rank 0 says so. Raises ValueError and
     FileNotFoundError naming what is wrong with the files.
@@ -304,10 +344,11 @@ def load_model(
     if (skipped := check_tensors(files, arch)) and rank.rank == 0:
         message = "%s: %d tensors are left out, %s first: neither trained nor exported"
         logging.getLogger(__name__).warning(message, path, len(skipped), skipped[0])
-    chunks = build_chunks(arch, rank, dtype, sequence_parallel)
+    config = transformer_config(arch, rank.parallel, dtype, sequence_parallel, recompute, expert_bias_rate)
+    chunks = build_chunks(arch, rank, config)
     pieces = tuple(layout_of(arch, rank.parallel, rank.rank))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    model = Model(rank, chunks, chunks[0].config, arch, pieces, device, temperature, head_memory)
+    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory)
     load_pieces(model.weights, pieces, files)
     files.close()
     return model

@@ -12,17 +12,19 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class AdamSettings:
-    """Adam with decoupled weight decay, and its schedule counted in `Optimizer.advance` calls."""
+class OptimizerSettings:
+    """Adam with decoupled weight decay (or plain SGD), and its schedule counted in `Optimizer.advance` calls."""
 
     lr: float
+    kind: str = "adam"  # adam | sgd
     min_lr_ratio: float = 1.0
     warmup_steps: int = 0
     decay_steps: int = 1
@@ -32,8 +34,10 @@ class AdamSettings:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
+    offload: bool = False  # main weights and Adam on the CPU
 
 
+NO_DECAY = "megatron_dppo_no_decay"  # an attribute of parameters
 MAX_NAMES = 8  # in the message of NonFinite
 
 
@@ -47,14 +51,16 @@ class Optimizer:
     def __init__(
         self,
         chunks: Sequence[nn.Module],
-        settings: AdamSettings,
+        settings: OptimizerSettings,
         *,
         dtype: torch.dtype,
         distributed: bool,
         overlap_grad_reduce: bool = False,
+        without_decay: Sequence[Tensor] = (),
     ) -> None:
         """Wraps the model's chunks (see `self.chunks`); `distributed` shards the optimizer's state over replicas;
-        `overlap_grad_reduce` sums gradients over replicas while backward still runs."""
+        `overlap_grad_reduce` sums gradients over replicas while backward still runs; `without_decay`: parameters whose
+        weights do not decay, beside vectors (norms, biases)."""
         settings_of_ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=distributed,
             grad_reduce_in_fp32=True,
@@ -67,9 +73,12 @@ class Optimizer:
         )
         no_syncs = [chunk.no_sync for chunk in self.chunks]  # the schedule: reduce in the last micro-batch only
         self.chunks[0].config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        for parameter in without_decay:
+            setattr(parameter, NO_DECAY, True)
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam",
+                optimizer=settings.kind,
+                sgd_momentum=0.0,
                 lr=settings.lr,
                 min_lr=settings.lr * settings.min_lr_ratio,
                 weight_decay=settings.weight_decay,
@@ -80,8 +89,14 @@ class Optimizer:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=distributed,
+                optimizer_cpu_offload=settings.offload,  # by Megatron's HybridDeviceOptimizer
+                optimizer_offload_fraction=1.0 if settings.offload else 0.0,
+                overlap_cpu_optimizer_d2h_h2d=settings.offload,
             ),
             list(self.chunks),
+            config_overrides={
+                ParamKey(predicate=ParamPredicate("vector or chosen", _has_no_decay)): ParamGroupOverride(wd_mult=0.0)
+            },
         )
         self._schedule = _schedule(self._optimizer, settings)
 
@@ -229,6 +244,10 @@ def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
             buffer.param_index_map = places
 
 
+def _has_no_decay(parameter: Tensor) -> bool:
+    return parameter.dim() == 1 or getattr(parameter, NO_DECAY, False)
+
+
 def _set_step(holder: dict[str, Any], steps: int) -> None:
     """A tensor of its own for each parameter: Adam counts up in place."""
     holder["step"] = torch.tensor(float(steps)) if adam_package() == "torch" else steps
@@ -274,7 +293,7 @@ def adam_package() -> str:
     return megatron_optimizer.Adam.__module__.partition(".")[0]
 
 
-def _schedule(optimizer: Any, settings: AdamSettings) -> OptimizerParamScheduler:
+def _schedule(optimizer: Any, settings: OptimizerSettings) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.layers import PackedSequences
-from megatron_dppo.backend.model import Model
+from megatron_dppo.backend.model import Model, unwrapped
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
@@ -88,9 +88,11 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
         input_ids = to_device(batch.input_ids, model.device)
         positions = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)  # rope has its own
         packed = None if batch.cu_seqlens is None else PackedSequences.of(batch.cu_seqlens, model.device)
-        output = chunk(input_ids, positions, attention_mask=None, packed_seq_params=packed)
+        padding = _padding(batch, model, chunk) if counts_experts else None
+        output = chunk(input_ids, positions, attention_mask=None, packed_seq_params=packed, padding_mask=padding)
         return output, lambda hidden: last_stage(index, batch, hidden)
 
+    counts_experts = not forward_only and model.arch.sigmoid_router and model.config.moe_router_bias_update_rate > 0
     iterators = [iter(enumerate(micro_batches)) for _ in model.chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -101,6 +103,14 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable
         micro_batch_size=max(batch.input_ids.shape[0] for batch in micro_batches),
         forward_only=forward_only,
     )
+
+
+def _padding(batch: MicroBatch, model: Model, chunk: nn.Module) -> Tensor:
+    """bool[B, S], True on padding, as Megatron wants it: its first chunk divides it for sequence parallelism itself."""
+    padding = to_device(batch.padding, model.device)
+    if unwrapped(chunk).pre_process or not model.config.sequence_parallel:
+        return padding
+    return padding.chunk(model.rank.parallel.tensor, dim=1)[model.rank.at.tensor]
 
 
 def _counted_rows(hidden_BSH: Tensor, batch: MicroBatch, model: Model) -> Tensor:

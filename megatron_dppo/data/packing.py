@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dppo.rollout.trajectory import Scored
+from megatron_dppo.weights.layout import Parallel
 
 Normaliser = Literal["tokens", "sequences", "constant"]
 
@@ -34,7 +35,8 @@ class MicroBatch:
     samples: `row i64[T]`, where the hidden state that predicts it lies in the model's [S, B] order (s * B + b);
     `target i64[T]`; `advantage f32[T]`; `mu_logprob f32[T]`; `topk_ids i64[T, K]` and `mu_topk_logprob
     f32[T, K + 1]` (last column: the target) or None; `weight f32[T]`, its share in the loss. `count`: what this
-    micro-batch adds to the loss's divisor. `skipped`: counted tokens left out, for they have no gradient.
+    micro-batch adds to the loss's divisor. `skipped`: counted tokens left out, for they have no gradient. `padding`:
+    where `input_ids` has no token.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -44,6 +46,7 @@ class MicroBatch:
     mu_logprob: npt.NDArray[np.float32]
     weight: npt.NDArray[np.float32]
     count: int
+    padding: npt.NDArray[np.bool_]
     skipped: int = 0
     cu_seqlens: npt.NDArray[np.int32] | None = None
     topk_ids: npt.NDArray[np.int64] | None = None
@@ -83,7 +86,7 @@ def plan_step(
     replicas: int,
     micro_batch_tokens: int,
     seed: int,
-    least_micro_batches: int = 1,
+    micro_batch_multiple: int = 1,
     packed: bool = True,
     cost: npt.NDArray[np.float64] | None = None,
 ) -> Plan:
@@ -91,8 +94,8 @@ def plan_step(
 
     Groups (responses to one prompt) are shuffled and dealt whole to the minibatches. Within one, samples go to
     replicas so that their `cost` (f64[N], of each sample; None: its length) is even, as far as the greedy rule gets it.
-    A replica's share is cut into at least `least_micro_batches`: packed ones, of even cost and at most
-    `micro_batch_tokens` tokens; or padded ones of similar lengths, where rows x longest is at most that.
+    A replica's share is cut into micro-batches, a multiple of `micro_batch_multiple` of them: packed ones, of even cost
+    and at most `micro_batch_tokens` tokens; or padded ones of similar lengths, where rows x longest is at most that.
     All replicas have the same number of micro-batches, the dearest first. `lengths i64[N]`: prompt + response.
 
     Raises ValueError when there are fewer groups than minibatches or a sample exceeds the budget.
@@ -113,10 +116,10 @@ def plan_step(
         dearest_first = members[np.argsort(-cost[members], kind="stable")].tolist()
         shares = _even(dearest_first, cost, replicas)
         if packed:
-            plan.append(_pack(shares, lengths, cost, micro_batch_tokens, least_micro_batches))
+            plan.append(_pack(shares, lengths, cost, micro_batch_tokens, micro_batch_multiple))
             continue
         cut = [_cut(sorted(share, key=lambda i: -lengths[i]), lengths, micro_batch_tokens) for share in shares]
-        most = max(least_micro_batches, *map(len, cut))
+        most = _multiple(max(1, *map(len, cut)), micro_batch_multiple)
         plan.append([_stretch(share, most) for share in cut])
     return plan
 
@@ -163,16 +166,22 @@ def _pack(
     lengths: npt.NDArray[np.int64],
     cost: npt.NDArray[np.float64],
     budget: int,
-    least: int,
+    multiple: int,
 ) -> list[list[list[int]]]:
     """Every share in the same number of micro-batches: the fewest that the greedy rule needs for all of them."""
-    count = max(least, *(-(-int(lengths[list(share)].sum()) // budget) for share in shares))
+    count = max(1, *(-(-int(lengths[list(share)].sum()) // budget) for share in shares))
     while True:
+        count = _multiple(count, multiple)
         packed = [_even(share, cost, count, lengths, budget) for share in shares]
         if max(map(len, packed)) == count:
             break
         count = max(map(len, packed))
     return [sorted(share, key=lambda micro_batch: -float(cost[micro_batch].sum())) for share in packed]
+
+
+def _multiple(count: int, of: int) -> int:
+    """The least multiple that is not less than `count`."""
+    return -(-count // of) * of
 
 
 def _cut(share: Sequence[int], lengths: npt.NDArray[np.int64], budget: int) -> list[list[int]]:
@@ -202,7 +211,7 @@ def build_micro_batch(
     samples: Sequence[Scored],
     *,
     num_topk: int,
-    weights: LossWeights,
+    weights: LossWeights = LossWeights(),
     packed: bool = True,
     length_multiple: int = 1,
     sequence_multiple: int = 1,
@@ -221,11 +230,13 @@ def build_micro_batch(
     input_ids = np.zeros(
         (1 if packed else max(len(samples), 1), -(-width // length_multiple) * length_multiple), np.int64
     )
+    padding = np.ones(input_ids.shape, np.bool_)
     starts = np.cumsum(lengths) - lengths if packed else np.zeros_like(lengths)
     parts = []
     for b, (sample, text, start) in enumerate(zip(samples, texts, starts.tolist(), strict=True)):
         row = 0 if packed else b
         input_ids[row, start : start + len(text)] = text
+        padding[row, start : start + len(text)] = False
         parts.append(_tokens_of(sample, start, row, len(input_ids), num_topk, weights, skip_zero_advantage))
 
     def joined(name: str, dtype: type, *shape: int) -> npt.NDArray:
@@ -233,6 +244,7 @@ def build_micro_batch(
 
     return MicroBatch(
         input_ids=input_ids,
+        padding=padding,
         row=joined("row", np.int64),
         target=joined("target", np.int64),
         advantage=joined("advantage", np.float32),
@@ -244,6 +256,20 @@ def build_micro_batch(
         topk_ids=joined("topk_ids", np.int64, num_topk) if num_topk else None,
         mu_topk_logprob=joined("mu_topk_logprob", np.float32, num_topk + 1) if num_topk else None,
     )
+
+
+def rank_micro_batch(
+    samples: Sequence[Scored], *, layout: Parallel, context_rank: int, num_topk: int = 0, **settings: Any
+) -> MicroBatch:
+    """`build_micro_batch` in the multiples that `layout` needs, and of it what a context rank computes."""
+    whole = build_micro_batch(
+        samples,
+        num_topk=num_topk,
+        length_multiple=layout.length_multiple,
+        sequence_multiple=layout.sequence_multiple,
+        **settings,
+    )
+    return context_share(whole, layout.context, context_rank)
 
 
 def context_share(batch: MicroBatch, context: int, rank: int) -> MicroBatch:
@@ -269,6 +295,7 @@ def context_share(batch: MicroBatch, context: int, rank: int) -> MicroBatch:
         batch,
         **tokens,
         input_ids=batch.input_ids[:, positions],
+        padding=batch.padding[:, positions],
         row=place[batch.row[mine]],
         count=batch.count if rank == 0 else 0,
         skipped=batch.skipped if rank == 0 else 0,

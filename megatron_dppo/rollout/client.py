@@ -1,29 +1,26 @@
 """The rollout client: the process between engines and trainer ranks.
 
-For each step it brings new weights to the engines, evaluates where it is due, samples groups of responses, scores
-them, and leaves for each data-parallel replica a file with just that replica's samples, in the order of its
+For each step it brings new weights to the engines, evaluates where it is due, has the next batches sampled and scored
+(`sampler`), and leaves for each data-parallel replica a file with just that replica's samples, in the order of its
 micro-batches. Started by the launcher as `python -m megatron_dppo.rollout.client CONFIG`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dppo.algorithm.advantages import group_advantages
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
-from megatron_dppo.checkpoints import start_of
+from megatron_dppo.checkpoints import queued_batches, start_of
 from megatron_dppo.config import Config, load_config, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
@@ -34,14 +31,14 @@ from megatron_dppo.control import (
     Orders,
 )
 from megatron_dppo.data.packing import Plan, imbalance, plan_step
-from megatron_dppo.data.prompts import Prompt, PromptSet, batch_indices, load_prompts
-from megatron_dppo.data.rewards import MathAnswer, Reward, make_reward
+from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
+from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
-from megatron_dppo.rollout.fleet import Fleet, Request
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
+from megatron_dppo.rollout.fleet import Fleet
+from megatron_dppo.rollout.sampler import MAX_SEED, Ahead, Sampler, batch_metrics, timed
+from megatron_dppo.rollout.trajectory import Scored, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
 
-MAX_SEED = 2**31 - 1
 MOST_IMBALANCE = 1.05  # of the replicas' work, beyond which the log says why
 
 
@@ -51,40 +48,33 @@ class Client:
 
     config: Config
     orders: Orders
-    fleet: Fleet
+    sampler: Sampler
+    ahead: Ahead
     arch: Architecture
     shared: Path
-    tokenizer: Any
-    train: Sequence[Prompt]
     held_out: Sequence[Prompt]
-    reward: Reward
     start: int = 0  # steps done before
     seconds: dict[str, float] = field(default_factory=dict)  # of the step at hand, by phase
 
     async def run(self) -> None:
         """All steps. Training ends with an order that says why instead of samples."""
         for step in range(self.start, self.config.training.steps + 1):
-            self.seconds = {}
             # Version 0 too: whatever an engine started with, what it samples from is what the trainer has.
-            await self._update_engines(step)
+            with timed(self.seconds, "update_engines"):
+                await self.sampler.fleet.update(step)
+            self.ahead.begin(step)
             evaluation = await self._evaluate(step)
             stop = self._reason_to_stop(step, evaluation)
-            order: dict[str, Any] = {"do": "train" if stop is None else "stop", "stop": stop, "evaluation": evaluation}
-            if stop is None:
-                order |= await self._roll_out(step)
-            self.orders.give(order | {"seconds": self.seconds})
             if stop is not None:
+                self.orders.end({"do": "stop", "stop": stop, "evaluation": evaluation, "seconds": self.seconds})
                 return
-
-    async def _update_engines(self, version: int) -> None:
-        """Waits for the trainer to have `version`; on return every engine answers with it."""
-        if version > self.start:
-            with _timed(self.seconds, "wait_for_trainer"):
-                await self.orders.reply()
-        for path in self.shared.glob("batch-*"):  # the ranks are done with them
-            path.unlink()
-        with _timed(self.seconds, "update_engines"):
-            await self.fleet.update(version)
+            order = await self._next_batch(step)
+            seconds, self.seconds = self.seconds, {}
+            with timed(self.seconds, "wait_for_trainer"):
+                await self.orders.do({"do": "train", "evaluation": evaluation, "seconds": seconds, **order})
+                for path in self.shared.glob("batch-*"):  # the ranks are done with them
+                    path.unlink()
+                await self._save(step + 1)
 
     async def _evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out accuracy where it is due: before, after, and every so many steps."""
@@ -92,21 +82,16 @@ class Client:
         due = step in (0, self.config.training.steps) or (settings.every and step % settings.every == 0)
         if not self.held_out or not due:
             return None
-        with _timed(self.seconds, "evaluate"):
+        with timed(self.seconds, "evaluate"):
             max_tokens = self.config.rollout.max_response_tokens
             greedy = Sampling(temperature=0.0, max_tokens=max_tokens, training=False)
-            result = {"accuracy_greedy": await self._accuracy(greedy, f"eval{step}-greedy")}
+            result = {
+                "accuracy_greedy": await self.sampler.accuracy(self.held_out, greedy, f"eval{step}-greedy"),
+            }
             if settings.sampled:
                 sampled = Sampling(temperature=settings.temperature, max_tokens=max_tokens, training=False)
-                result["accuracy_sampled"] = await self._accuracy(sampled, f"eval{step}-sampled")
+                result["accuracy_sampled"] = await self.sampler.accuracy(self.held_out, sampled, f"eval{step}-sampled")
         return result
-
-    async def _accuracy(self, sampling: Sampling, name: str) -> float:
-        answers = await self.fleet.sample(
-            [self._request(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(self.held_out)]
-        )
-        scores = await self._score(answers, self.held_out)
-        return float(np.mean([score.get("accuracy", score["reward"]) for score in scores]))
 
     def _reason_to_stop(self, step: int, evaluation: dict[str, float] | None) -> str | None:
         target = self.config.evaluation.target_accuracy
@@ -115,49 +100,27 @@ class Client:
             return f"held-out accuracy reached {target}"
         return f"{step} steps done" if step == self.config.training.steps else None
 
-    async def _roll_out(self, step: int) -> dict[str, Any]:
-        """Samples, scores and leaves the step's batch; returns the message's part that says where and how it went."""
-        settings = self.config.rollout
-        indices = batch_indices(step, settings.prompts_per_step, len(self.train), self.config.run.seed)
-        prompts = [self.train[i] for i in indices for _ in range(settings.samples_per_prompt)]
-        groups = np.repeat(np.arange(len(indices)), settings.samples_per_prompt)
-        top_k = num_recorded_topk(self.config)
-        sampling = Sampling(
-            temperature=settings.temperature,
-            max_tokens=settings.max_response_tokens,
-            training=True,
-            num_topk_logprobs=top_k,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-        )
-        with _timed(self.seconds, "generate"):
-            trajectories = await self.fleet.sample(
-                [
-                    self._request(prompt, sampling, f"{step}-{i}", f"{step}-{groups[i]}", int(groups[i]))
-                    for i, prompt in enumerate(prompts)
-                ]
-            )
-        with _timed(self.seconds, "score"):
-            scores = await self._score(trajectories, prompts)
-            samples = with_advantages(trajectories, scores, groups, self.config.advantage.normalise)
-        with _timed(self.seconds, "pack"):
-            placed = place_batch(self.shared, step, samples, groups, self.config, self.arch)
-        state = {"engines": len(self.fleet.living), "balance": placed["balance"]}
-        return placed | {"metrics": _batch_metrics(trajectories, scores) | state}
+    async def _next_batch(self, step: int) -> dict[str, Any]:
+        """Waits for the step's samples and leaves them for the ranks; returns the part of the order that says where
+        they lie and how they are."""
+        with timed(self.seconds, "wait_for_samples"):
+            batch = await self.ahead.take(step)
+        self.seconds |= batch.seconds
+        rollout = self.config.rollout
+        groups = np.repeat(np.arange(rollout.prompts_per_step), rollout.samples_per_prompt)
+        with timed(self.seconds, "pack"):
+            placed = place_batch(self.shared, step, batch.samples, groups, self.config, self.arch)
+        state = {"engines": len(self.sampler.fleet.living), "balance": placed["balance"]}
+        return placed | {"metrics": batch_metrics(batch, step) | state}
 
-    def _request(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Request:
-        """One response, with a seed of its own."""
-        seed = int(np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED))
-        return Request(prompt.token_ids.tolist(), replace(sampling, seed=seed), name, group, spread)
-
-    async def _score(self, answers: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
-        texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
-        return await asyncio.gather(
-            *(
-                asyncio.to_thread(self.reward, text, prompt.answer, answer.finish_reason)
-                for text, prompt, answer in zip(texts, prompts, answers, strict=True)
-            )
-        )
+    async def _save(self, step: int) -> None:
+        """A checkpoint where one is due, with the batches that are waiting to be trained."""
+        every = self.config.checkpoint.every
+        if every and step % every == 0:
+            queue = self.ahead.save(self.shared)
+            await self.orders.do({"do": "save", "queue": queue})
+            for path in queue.values():
+                Path(path).unlink()
 
 
 def place_batch(
@@ -180,7 +143,7 @@ def place_batch(
         minibatches=config.training.minibatches,
         replicas=config.parallel.data,
         micro_batch_tokens=config.training.micro_batch_tokens,
-        least_micro_batches=config.parallel.least_micro_batches,
+        micro_batch_multiple=config.parallel.micro_batch_multiple,
         seed=int(np.random.default_rng([config.run.seed, step]).integers(MAX_SEED)),
         packed=config.training.packed,
         cost=cost,
@@ -203,35 +166,8 @@ def place_batch(
     return {"files": files, "micro_batch_sizes": sizes, "balance": balance}
 
 
-def with_advantages(
-    trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]], groups: np.ndarray, normalise: Any
-) -> list[Scored]:
-    """Every token of a response has the response's advantage."""
-    advantages = group_advantages(np.array([score["reward"] for score in scores]), groups, normalise)
-    return [
-        Scored(trajectory, score, np.full(trajectory.response_length, advantage, np.float32))
-        for trajectory, score, advantage in zip(trajectories, scores, advantages, strict=True)
-    ]
-
-
 def _order(plan: Plan, replica: int) -> list[int]:
     return [index for minibatch in plan for micro_batch in minibatch[replica] for index in micro_batch]
-
-
-def _batch_metrics(trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = sorted({name for score in scores for name in score})
-    metrics = {name: float(np.mean([score[name] for score in scores])) for name in names}
-    metrics["response_length"] = float(np.mean([t.response_length for t in trajectories]))
-    metrics["truncated_share"] = float(np.mean([t.finish_reason == "length" for t in trajectories]))
-    return metrics
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Leaves the seconds of a block, which runs once a step, in `seconds[phase]`."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
 
 
 def check_engine(url: str, found: Capabilities, config: Config) -> None:
@@ -313,19 +249,25 @@ async def main(config: Config) -> None:
         if held_out:
             taken[f"held out, {data.eval}"] = held_out.describe()
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
+        fleet = fleet_of(config, engines, orders)
+        sampler = Sampler(config, fleet, tokenizer, train.prompts, reward)
+        ahead = Ahead(sampler)
+        if config.resume != "never":
+            ahead.restore(queued_batches(Path(config.resume)))
         client = Client(
             config=config,
             orders=orders,
-            fleet=fleet_of(config, engines, orders),
+            sampler=sampler,
+            ahead=ahead,
             arch=load_architecture(config.model.path),
             shared=Path(os.environ[SHARED_VARIABLE]),
-            tokenizer=tokenizer,
-            train=train.prompts,
             held_out=held_out.prompts if held_out else (),
-            reward=reward,
             start=start_of(config.resume),
         )
-        await client.run()
+        try:
+            await client.run()
+        finally:
+            await ahead.close()
     finally:
         for engine in engines:
             await engine.close()

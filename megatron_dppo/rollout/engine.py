@@ -15,6 +15,7 @@ from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.weights.layout import Box
 
 PauseMode = Literal["wait", "abort", "keep"]
+Transport = Literal["shm", "group", "ipc", "disk"]  # ways for weights
 UPDATE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes an element
 
 

@@ -1,7 +1,8 @@
 """All engines of a job as one: new weights for every one of them, samples from any, and what to do when one is lost.
 
 An engine gets no prompt before it has the current weights. Weights come from the trainer's ranks, who send them
-whenever they are told to (`control.Orders`) and do not train meanwhile.
+whenever they are told to (`control.Orders`) and do not train meanwhile. Requests in flight are held while their engine
+is updated, and go on with the new weights.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from megatron_dppo.control import Orders, engine_layout_key, meeting_key
+from megatron_dppo.control import Control, Orders, engine_layout_key, meeting_key
 from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineError,
@@ -28,11 +29,11 @@ from megatron_dppo.rollout.engine import (
     Manifest,
     RolloutEngine,
     Sampling,
+    Transport,
     Update,
 )
 from megatron_dppo.rollout.trajectory import Trajectory
 
-Transport = Literal["shm", "group", "ipc", "disk"]
 Failures = dict[RolloutEngine, EngineError]
 POLL_S = 1.0
 ANSWER_S = 30.0  # for an engine that is looked at anew
@@ -72,13 +73,14 @@ class Fleet:
         self._orders, self._transport = orders, transport
         self._attempts, self._patience_s, self._check = attempts, patience_s, check
         self._fingerprints = fingerprints
-        self._version = 0
+        self._meetings = Control.connect(orders.control.address)  # who waits has a connection for itself
         self._mending = asyncio.Lock()
         self._losses: Counter[RolloutEngine] = Counter()  # how often each was lost: errors of before are old news
         self._given_up: Exception | None = None
         # Names of groups must be new to engines that have served other jobs: numbers that only time brings.
         self._generation = time.time_ns()
         self._met: list[RolloutEngine] = []  # who can be sent to without a new meeting
+        self._layout = ""  # the digest of what each of them keeps
 
     # ---- weights ----
 
@@ -87,7 +89,7 @@ class Fleet:
 
         Raises EngineError naming an engine that answers and cannot be updated, or one that was lost when none is left.
         """
-        self._version = version
+        self._orders.version = version
         async with self._mending:
             lost = [engine for engine in self.engines if engine not in self.living]
             error = await self._bring([*self.living, *await self._back(lost)])
@@ -123,13 +125,13 @@ class Fleet:
             updated += [engine for engine in left if engine not in failures]
             left = []
             for engine, error in failures.items():
-                log.warning("version %d, attempt %d: %s", self._version, attempt + 1, error)
+                log.warning("version %d, attempt %d: %s", self._orders.version, attempt + 1, error)
                 if await self._answers(engine):
                     left.append(engine)
             self.living = [e for e in self.engines if e in updated or (e in self.living and e not in engines)]
             if not left:
                 return error
-        tried = f"version {self._version} could not be brought to it in {self._attempts} attempts"
+        tried = f"version {self._orders.version} could not be brought to it in {self._attempts} attempts"
         raise EngineError(left[0].url, f"{tried}; the last: {failures[left[0]]}")
 
     async def _answers(self, engine: RolloutEngine) -> bool:
@@ -154,70 +156,81 @@ class Fleet:
 
     async def _prepare(self, engine: RolloutEngine) -> None:
         """Pauses an engine; one that was restarted meanwhile is looked at anew, and has to be met anew."""
-        await engine.pause("wait")
+        await engine.pause("keep")
         try:
             await engine.health()
         except EngineRestarted as error:
             self._met = []
+            self._losses[engine] += 1  # what it has sampled since is from the weights of its start
             if not await self._answers(engine):
                 raise EngineUnreachable(engine.url, "it was restarted, and does not answer any more") from error
 
     async def _send_by_file(self, engines: Sequence[RolloutEngine]) -> Failures:
-        self._orders.give({"do": "send", "transport": self._transport, "version": self._version})
-        manifest = Manifest.from_json((await self._orders.reply())["file"])
-        manifest = dataclasses.replace(manifest, fingerprints=self._fingerprints)
+        reply = await self._orders.do({"do": "send", "transport": self._transport})
+        manifest = dataclasses.replace(Manifest.from_json(reply["file"]), fingerprints=self._fingerprints)
         return await _each(engines, lambda engine: self._take(engine, manifest))
 
     async def _send_by_group(self, engines: Sequence[RolloutEngine]) -> Failures:
-        order = {"do": "send", "transport": self._transport, "version": self._version, "instances": len(engines)}
-        if self._met != engines:
-            layouts: dict[RolloutEngine, str] = {}
+        if self._met != engines and (failures := await self._introduce(engines)):
+            unsent = "nothing was sent: another engine did not say what it keeps"
+            return {engine: failures.get(engine) or EngineError(engine.url, unsent) for engine in engines}
+        order = {
+            "do": "send",
+            "transport": self._transport,
+            "instances": len(engines),
+            "generation": self._generation,
+            "layout": self._layout,
+        }
+        sending = asyncio.create_task(self._orders.do(order))
+        key, timeout_s = meeting_key(self._generation), self._orders.timeout_s
+        meeting = await asyncio.to_thread(self._meetings.wait, key, timeout_s)
+        own = {"version": self._orders.version, "fingerprints": self._fingerprints}
+        updates = {e: GroupUpdate(**{**meeting, **own, "instance": i}) for i, e in enumerate(engines)}
+        failures = await self._take_until(updates, sending, meeting["timeout_s"])
+        errors = (await sending)["errors"]
+        for error in errors:
+            log.warning("version %d: %s", self._orders.version, error)
+        self._met = [] if failures or errors else list(engines)
+        return failures
 
-            async def look(engine: RolloutEngine) -> None:
-                layouts[engine] = await self._publish_layout(engine)
+    async def _introduce(self, engines: Sequence[RolloutEngine]) -> Failures:
+        """A new generation of these engines, whose layout the ranks can read; returns who did not say its own."""
+        layouts: dict[RolloutEngine, str] = {}
 
-            if failures := await _each(engines, look):
-                unsent = "nothing was sent: another engine did not say what it keeps"
-                return {engine: failures.get(engine) or EngineError(engine.url, unsent) for engine in engines}
-            _require_alike(layouts)
-            self._generation += 1
-            self._layout = layouts[engines[0]]
-        self._orders.give({**order, "generation": self._generation, "layout": self._layout})
-        control = self._orders.control
-        meeting = await asyncio.to_thread(control.wait, meeting_key(self._generation), self._orders.timeout_s)
+        async def look(engine: RolloutEngine) -> None:
+            layouts[engine] = await self._publish_layout(engine)
 
-        def update(engine: RolloutEngine) -> GroupUpdate:
-            own = {
-                "version": self._version,
-                "instance": list(engines).index(engine),
-                "fingerprints": self._fingerprints,
-            }
-            return GroupUpdate(**{**meeting, **own})
+        if failures := await _each(engines, look):
+            return failures
+        _require_alike(layouts)
+        self._generation += 1
+        self._layout = layouts[engines[0]]
+        return {}
 
+    async def _take_until(
+        self, updates: Mapping[RolloutEngine, Update], sending: asyncio.Task[Any], grace_s: float
+    ) -> Failures:
+        """Engines take their updates; `grace_s` after the ranks have sent, those that have not are given up."""
         deadlines: dict[RolloutEngine, asyncio.Timeout] = {}
 
         async def take(engine: RolloutEngine) -> None:
             try:
                 async with asyncio.timeout(None) as deadlines[engine]:
-                    await self._take(engine, update(engine))
+                    await self._take(engine, updates[engine])
             except TimeoutError:
-                message = f"its update did not end in {meeting['timeout_s']:.0f} s after the ranks'"
+                message = f"its update did not end in {grace_s:.0f} s after the ranks'"
                 raise EngineUnreachable(engine.url, message) from None
             finally:
                 del deadlines[engine]
 
-        taking = asyncio.create_task(_each(engines, take))
-        errors = (await self._orders.reply())["errors"]
-        for error in errors:
-            log.warning("version %d: %s", self._version, error)
+        taking = asyncio.create_task(_each(updates, take))
+        await asyncio.wait([sending])
         for deadline in deadlines.values():
-            deadline.reschedule(asyncio.get_running_loop().time() + meeting["timeout_s"])
-        failures = await taking
-        self._met = [] if failures or errors else list(engines)
-        return failures
+            deadline.reschedule(asyncio.get_running_loop().time() + grace_s)
+        return await taking
 
     async def _take(self, engine: RolloutEngine, update: Update) -> None:
-        await engine.begin_update(self._version, update)
+        await engine.begin_update(update.version, update)
         await engine.commit()  # asks the engine for its version, too
 
     async def _publish_layout(self, engine: RolloutEngine) -> str:
@@ -231,7 +244,7 @@ class Fleet:
     # ---- sampling ----
 
     async def sample(self, requests: Sequence[Request]) -> list[Trajectory]:
-        """A response to each request, all from the current weights.
+        """A response to each request, from the current weights; those of an update meanwhile are for the tokens after.
 
         Raises EngineError when no engine is left, or for a request that fails wherever it goes.
         """
@@ -270,7 +283,8 @@ class Fleet:
                 return engine, losses, trajectory
 
     async def _mend_restarted(self) -> None:
-        failures = await _each(list(self.living), lambda engine: engine.health())
+        async with self._mending:  # in the middle of an update an engine has neither weights
+            failures = await _each(list(self.living), lambda engine: engine.health())
         for engine, error in failures.items():
             if not isinstance(error, EngineUnreachable | EngineRestarted):
                 raise error

@@ -52,6 +52,10 @@ class WeightSender(Protocol):
         """Every rank calls this with the client's order; returns the reply to it."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is sent; what was left on the way is removed."""
+        ...
+
 
 class FileSender:
     """Every rank writes its boxes into one file; the reply has the manifest, as `file`.
@@ -71,7 +75,7 @@ class FileSender:
         if path != before:
             if self._held.rank == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                self.close()
+                self._remove()
                 create_image(path, image_tensors(self._held.arch, self._held.dtype))
             dist.barrier()
         self._path = path
@@ -79,7 +83,11 @@ class FileSender:
         return {"file": manifest_of(path, version).as_json()}
 
     def close(self) -> None:
-        """Removes what was sent, also by an earlier run."""
+        if self._held.rank == 0:
+            self._remove()
+
+    def _remove(self) -> None:
+        """What was sent is gone, also by an earlier run."""
         for file in self._directory.glob("weights*.safetensors"):
             file.unlink(missing_ok=True)
 
@@ -118,6 +126,9 @@ class GroupSender:
         errors = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         return {"errors": [error for error in errors if error]}
+
+    def close(self) -> None:
+        self._sender = None
 
     def _meet(self, order: Mapping[str, Any]) -> Sender:
         """Plans, tells the workers their shares and the client that they may come, and waits for them."""

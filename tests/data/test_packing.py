@@ -145,16 +145,22 @@ def test_long_tailed_lengths_are_balanced() -> None:
     assert np.mean(filled) >= 0.8 * 8192
 
 
-def test_at_least_so_many_micro_batches() -> None:
-    """Seven samples that fit into one become four; with fewer samples than that some are empty."""
+def test_a_multiple_of_micro_batches() -> None:
+    """Seven samples that fit into one become four; with fewer samples than that some are empty; five become eight."""
     ((share,),) = plan_step(
-        np.full(7, 3), np.zeros(7), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
+        np.full(7, 3), np.zeros(7), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, micro_batch_multiple=4
     )
     assert sorted(len(micro) for micro in share) == [1, 2, 2, 2]
     ((share,),) = plan_step(
-        np.full(2, 3), np.zeros(2), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, least_micro_batches=4
+        np.full(2, 3), np.zeros(2), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0, micro_batch_multiple=4
     )
     assert sorted(len(micro) for micro in share) == [0, 0, 1, 1]
+    for packed in (True, False):
+        ((share,),) = plan_step(
+            np.full(10, 32), np.zeros(10), minibatches=1, replicas=1, micro_batch_tokens=64, seed=0,
+            micro_batch_multiple=4, packed=packed,
+        )  # fmt: skip
+        assert len(share) == 8 and sum(len(micro) for micro in share) == 10
 
 
 def test_impossible_plans_are_refused() -> None:

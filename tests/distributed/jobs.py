@@ -17,14 +17,15 @@ from torch import Tensor
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.checkpoint import load_training
 from megatron_dppo.backend.model import Model, load_model
-from megatron_dppo.backend.optimizer import AdamSettings, NonFinite, Optimizer
+from megatron_dppo.backend.optimizer import NonFinite, Optimizer, OptimizerSettings
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.step import loss_pass, stats_pass
 from megatron_dppo.checkpoints import read_state
 from megatron_dppo.config import Config, objective_of
-from megatron_dppo.control import Control
+from megatron_dppo.control import Control, Inbox
 from megatron_dppo.data.packing import MicroBatch, context_share
 from megatron_dppo.head.policy_head import HeadMemory
+from megatron_dppo.rank import load_policy, reference_of, with_optimizer
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.rollout.trajectory import load_batch
@@ -84,7 +85,7 @@ def policy_gradients(
     model = model_of(rank, path, head_memory=head_memory)
     optimizer = Optimizer(
         model.chunks,
-        AdamSettings(lr=1e-3),
+        OptimizerSettings(lr=1e-3),
         dtype=torch.float32,
         distributed=False,
         overlap_grad_reduce=overlap_grad_reduce,
@@ -134,23 +135,15 @@ def _noting_backward(start: Callable[..., Any], during_backward: list[bool]) -> 
 
 
 def trainer_of(rank: Rank, path: Path, config: Config, shared: Path) -> Trainer:
-    training = config.training
-    settings = AdamSettings(
-        lr=training.lr, eps=training.eps, warmup_steps=training.warmup_steps, decay_steps=training.steps,
-        schedule=training.schedule, min_lr_ratio=training.min_lr_ratio,
-    )  # fmt: skip
-    dtype = getattr(torch, config.model.dtype)
-    memory = HeadMemory(config.head.path, config.head.memory_bytes)
-    model = model_of(rank, path, dtype=dtype, head_memory=memory)
-    optimizer = Optimizer(model.chunks, settings, dtype=dtype, distributed=config.parallel.distributed_optimizer)
-    model = replace(model, chunks=optimizer.chunks)
+    model, optimizer = with_optimizer(config, load_policy(config, rank, path))
     return Trainer(
         config=config,
-        control=Control.serve(),
+        inbox=Inbox(Control.serve(), answers=False, patience_s=1.0),
         model=model,
         optimizer=optimizer,
         objective=objective_of(config),
         senders={"shm": FileSender(model.held, shared, on_disk=False)},
+        reference=reference_of(config, rank),
     )
 
 
@@ -178,7 +171,7 @@ def interrupted_steps(
     step = 0 if resume is None else read_state(resume).step
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     metrics = trainer._train_step(step, minibatches)
-    trainer._save(step + 1, due=1)
+    trainer._save(step + 1, {})
     manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
     return {name: numpy(tensor.float()) for name, tensor in load_file(manifest.path).items()}, metrics
 
@@ -186,7 +179,7 @@ def interrupted_steps(
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:
     """What the optimizer says of a NaN, and whether it left the weights alone."""
     model = model_of(rank, path)
-    optimizer = Optimizer(model.chunks, AdamSettings(lr=1.0), dtype=torch.float32, distributed=True)
+    optimizer = Optimizer(model.chunks, OptimizerSettings(lr=1.0), dtype=torch.float32, distributed=True)
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
     optimizer.zero()
     loss = torch.tensor(torch.nan if where == "loss" and rank.rank == 1 else 1.0)

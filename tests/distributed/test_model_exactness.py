@@ -106,7 +106,7 @@ def random_batch(vocab_size: int, lengths: list[int], seed: int) -> MicroBatch:
     ones = np.ones(len(rows), np.float32)
     return MicroBatch(
         input_ids=ids, row=np.array(rows), target=np.array(targets), advantage=ones, mu_logprob=ones, weight=ones,
-        count=len(rows), topk_ids=topk,
+        count=len(rows), topk_ids=topk, padding=np.arange(width) >= np.array(lengths)[:, None],
     )  # fmt: skip
 
 
@@ -119,7 +119,10 @@ def packed(batch: MicroBatch, lengths: list[int], multiple: int = 1) -> MicroBat
         ids[0, starts[b] : starts[b] + length] = batch.input_ids[b, :length]
     s, b = np.divmod(batch.row, len(lengths))
     cu_seqlens = np.array([*starts[:-1], total], np.int32)
-    return replace(batch, input_ids=ids, row=starts[b] + s, cu_seqlens=cu_seqlens)
+    padding = np.ones(ids.shape, np.bool_)
+    for start, length in zip(starts, lengths, strict=False):
+        padding[0, start : start + length] = False
+    return replace(batch, input_ids=ids, padding=padding, row=starts[b] + s, cu_seqlens=cu_seqlens)
 
 
 def transformers_stats(path: Path, batch: MicroBatch, temperature: float, **changes: Any) -> dict[str, np.ndarray]:

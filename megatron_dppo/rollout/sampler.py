@@ -1,0 +1,216 @@
+"""Prompts in, scored groups of responses out: what the rollout client asks of its engines, and how far ahead.
+
+A batch is the prompts of one training step. Its samples may be begun as soon as the trainer has weights at most
+`max_staleness` versions older than those the batch will train; `Ahead` samples that many batches while ranks train.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dppo.algorithm.advantages import group_advantages
+from megatron_dppo.config import Config, num_recorded_topk
+from megatron_dppo.data.prompts import Prompt, batch_indices
+from megatron_dppo.data.rewards import Reward
+from megatron_dppo.rollout.engine import Sampling
+from megatron_dppo.rollout.fleet import Fleet, Request
+from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
+
+MAX_SEED = 2**31 - 1
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the seconds of a block to `seconds[phase]`."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples and scores."""
+
+    config: Config
+    fleet: Fleet
+    tokenizer: Any
+    train: Sequence[Prompt]
+    reward: Reward
+
+    async def groups(self, step: int, groups: Sequence[int], seconds: dict[str, float]) -> list[Scored]:
+        """All responses to some of the step's prompts (by their places in it), group by group."""
+        settings = self.config.rollout
+        indices = batch_indices(step, settings.prompts_per_step, len(self.train), self.config.run.seed)
+        size = settings.samples_per_prompt
+        prompts = [self.train[indices[group]] for group in groups for _ in range(size)]
+        sampling = Sampling(
+            temperature=settings.temperature,
+            max_tokens=settings.max_response_tokens,
+            training=True,
+            num_topk_logprobs=num_recorded_topk(self.config),
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+        requests = [
+            self._request(self.train[indices[group]], sampling, f"{step}-{number}", f"{step}-{group}", group)
+            for group in groups
+            for number in range(group * size, (group + 1) * size)
+        ]
+        with timed(seconds, "generate"):
+            trajectories = await self.fleet.sample(requests)
+        with timed(seconds, "score"):
+            scores = await self._score(trajectories, prompts)
+            of_group = np.repeat(np.asarray(groups), size)
+            return with_advantages(trajectories, scores, of_group, self.config.advantage.normalise)
+
+    async def accuracy(self, prompts: Sequence[Prompt], sampling: Sampling, name: str) -> float:
+        """Share of right answers, one to each prompt."""
+        answers = await self.fleet.sample(
+            [self._request(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(prompts)]
+        )
+        scores = await self._score(answers, prompts)
+        return float(np.mean([score.get("accuracy", score["reward"]) for score in scores]))
+
+    def _request(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Request:
+        """One response, with a seed of its own."""
+        seed = int(np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED))
+        return Request(prompt.token_ids.tolist(), replace(sampling, seed=seed), name, group, spread)
+
+    async def _score(self, answers: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
+        texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
+        return await asyncio.gather(
+            *(
+                asyncio.to_thread(self.reward, text, prompt.answer, answer.finish_reason)
+                for text, prompt, answer in zip(texts, prompts, answers, strict=True)
+            )
+        )
+
+
+def with_advantages(
+    trajectories: Sequence[Trajectory], scores: Sequence[dict[str, float]], groups: np.ndarray, normalise: Any
+) -> list[Scored]:
+    """Every token of a response has the response's advantage."""
+    advantages = group_advantages(np.array([score["reward"] for score in scores]), groups, normalise)
+    return [
+        Scored(trajectory, score, np.full(trajectory.response_length, advantage, np.float32))
+        for trajectory, score, advantage in zip(trajectories, scores, advantages, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step learns from: its prompts' groups in order, all of the same size."""
+
+    samples: list[Scored]
+    seconds: Mapping[str, float]  # of sampling and scoring, also while ranks trained
+    too_old: int = 0  # samples that were dropped, and taken anew
+
+
+class TooOld(RuntimeError):
+    """A sample has tokens of weights older than `rollout.max_staleness` allows."""
+
+
+class Ahead:
+    """Batches that are being sampled or wait to be trained. `begin`, then `take` in the order of steps."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        settings = sampler.config.rollout
+        self._most, self._steps = settings.max_staleness, sampler.config.training.steps
+        self._refuse, self._prompts = settings.too_old == "refuse", settings.prompts_per_step
+        self._size = settings.samples_per_prompt
+        self._batches: dict[int, asyncio.Task[Batch]] = {}
+
+    def begin(self, version: int) -> None:
+        """Samples what may be begun now that all engines have `version`."""
+        for step in range(version, min(version + self._most + 1, self._steps)):
+            if step not in self._batches:
+                self._batches[step] = asyncio.create_task(self._sample(step))
+
+    async def _sample(self, step: int) -> Batch:
+        seconds: dict[str, float] = {}
+        return Batch(await self._sampler.groups(step, range(self._prompts), seconds), seconds)
+
+    async def take(self, step: int) -> Batch:
+        """The batch of `step`, which the weights of that version are to be trained on, and no token of it older than
+        allowed: groups with one are dropped and sampled anew. Raises TooOld where the config says so, and what sampling
+        raised.
+        """
+        batch = await self._batches[step]
+        samples, seconds, dropped = list(batch.samples), dict(batch.seconds), 0
+        while old := [i for i, sample in enumerate(samples) if _oldest(sample, step) < step - self._most]:
+            trajectory = samples[old[0]].trajectory
+            message = (
+                f"step {step}: {len(old)} samples are too old: {trajectory.sample_id} has tokens of version "
+                f"{_oldest(samples[old[0]], step)}, expected at least {step - self._most} (rollout.max_staleness)"
+            )
+            if self._refuse:
+                raise TooOld(f"{message}; set rollout.too_old=drop to have them sampled anew")
+            log.warning("%s; their groups are sampled anew", message)
+            groups = sorted({i // self._size for i in old})
+            anew = await self._sampler.groups(step, groups, seconds)
+            for place, group in enumerate(groups):
+                samples[group * self._size : (group + 1) * self._size] = anew[place * self._size :][: self._size]
+            dropped += len(groups) * self._size
+        del self._batches[step]
+        return Batch(samples, seconds, dropped)
+
+    async def close(self) -> None:
+        """Ends what is still being sampled."""
+        for task in self._batches.values():
+            task.cancel()
+        await asyncio.gather(*self._batches.values(), return_exceptions=True)
+
+    def save(self, directory: Path) -> dict[str, str]:
+        """Leaves every batch that is complete in a file; returns their paths by step."""
+        files = {}
+        for step, task in self._batches.items():
+            if task.done() and not task.cancelled() and task.exception() is None:
+                path = directory / f"queue-{step}.safetensors"
+                save_batch(path, task.result().samples)
+                files[str(step)] = str(path)
+        return files
+
+    def restore(self, files: Mapping[int, Path]) -> None:
+        """Takes batches that `save` left; those of another size than this run's are sampled anew."""
+        for step, path in files.items():
+            samples = load_batch(path)
+            if len(samples) == self._prompts * self._size:
+                self._batches[step] = asyncio.create_task(_done(Batch(samples, {})))
+            else:
+                message = "step %d: the checkpoint's batch has %d samples, not %d x %d: sampled anew"
+                log.warning(message, step, len(samples), self._prompts, self._size)
+
+
+async def _done(batch: Batch) -> Batch:
+    return batch
+
+
+def _oldest(sample: Scored, step: int) -> int:
+    """The oldest weights that sampled a token of it."""
+    trajectory = sample.trajectory
+    return int(trajectory.policy_versions[trajectory.loss_mask].min(initial=step))
+
+
+def batch_metrics(batch: Batch, step: int) -> dict[str, float]:
+    """Means over the batch's samples of what they scored, of their lengths; and how old their tokens are."""
+    scores, trajectories = [s.rewards for s in batch.samples], [s.trajectory for s in batch.samples]
+    names = sorted({name for score in scores for name in score})
+    metrics = {name: float(np.mean([score[name] for score in scores])) for name in names}
+    metrics["response_length"] = float(np.mean([t.response_length for t in trajectories]))
+    metrics["truncated_share"] = float(np.mean([t.finish_reason == "length" for t in trajectories]))
+    ages = step - np.concatenate([t.policy_versions[t.loss_mask] for t in trajectories])
+    metrics["staleness"] = float(ages.mean()) if len(ages) else 0.0
+    metrics["staleness_max"] = float(ages.max(initial=0))
+    metrics["too_old"] = float(batch.too_old)
+    return metrics
