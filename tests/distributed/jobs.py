@@ -135,7 +135,8 @@ def _noting_backward(start: Callable[..., Any], during_backward: list[bool]) -> 
 
 
 def trainer_of(rank: Rank, path: Path, config: Config, shared: Path) -> Trainer:
-    model, optimizer = with_optimizer(config, load_policy(config, rank, path))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    model, optimizer = with_optimizer(config, load_policy(config, rank))
     return Trainer(
         config=config,
         inbox=Inbox(Control.serve(), answers=False, patience_s=1.0),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dppo.checkpoints import complete_checkpoints, start_of
+from megatron_dppo.checkpoints import complete_checkpoints, queued_batches, start_of
 from megatron_dppo.config import Config, save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, reply_key
 from megatron_dppo.launch import start_ranks, with_checkpoint
@@ -71,20 +71,24 @@ def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> b
     with stop_on_exit() as children:
         children.extend(start_ranks(argv, LAYOUT.ranks, env=env, logs=run_dir / "logs"))
         give_up, kill_at = time.monotonic() + DEADLINE_S, None
-        for number, step in enumerate(range(start, STEPS)):
-            orders.give({"do": "train", **place_batch(shared, step, load_batch(batch), groups, config), **empty})
-            while control.peek(reply_key(number)) is None:
-                now = time.monotonic()
-                assert now < give_up and all(child.poll() is None for child in children), children[0].log_tail()
-                if number and kill_at is None and kill is not None:  # everybody is there
-                    kill_at = now + kill[1]
-                saving = any((run_dir / "checkpoints").glob("*.tmp"))
-                if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
-                    os.kill(_process(chance.choice(children).pid), signal.SIGKILL)
-                    return False
-                time.sleep(0.002)
-            orders._answered = orders._given
-        orders.give({"do": "stop", **empty})
+        for step in range(start, STEPS):
+            placed = place_batch(shared, step, load_batch(batch), groups, config)
+            for order in (
+                {"do": "train", **placed, **empty},
+                {"do": "save", "queue": {str(step + 1): placed["files"][0]}},
+            ):
+                reply = reply_key(orders._give(order))
+                while control.peek(reply) is None:
+                    now = time.monotonic()
+                    assert now < give_up and all(child.poll() is None for child in children), children[0].log_tail()
+                    if step > start and kill_at is None and kill is not None:  # everybody is there
+                        kill_at = now + kill[1]
+                    saving = any((run_dir / "checkpoints").glob("*.tmp"))
+                    if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
+                        os.kill(_process(chance.choice(children).pid), signal.SIGKILL)
+                        return False
+                    time.sleep(0.002)
+        orders.end({"do": "stop", **empty})
         while any(child.poll() is None for child in children):
             assert time.monotonic() < give_up
             time.sleep(0.05)
@@ -120,6 +124,8 @@ def test_killed_runs_end_in_the_same_bits(checkpoint: Path, tmp_path: Path) -> N
         else:
             assert train(broken, checkpoint, None)
         assert metrics(broken.run.dir) == expected
-        assert len(complete_checkpoints(broken.run.dir)) == 2
+        kept = complete_checkpoints(broken.run.dir)
+        assert [queued_batches(path).keys() for path in kept] == [{STEPS - 1}, {STEPS}]
+        assert all(len(load_batch(file)) > 0 for path in kept for file in queued_batches(path).values())
     print(f"{killed} kills in {run} runs, {saved} of them in the middle of a save")
     assert saved

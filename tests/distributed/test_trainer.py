@@ -1,4 +1,7 @@
-"""The trainer's step at every layout against one rank: weights, metrics; and what a NaN does."""
+"""The trainer's step with every kind of loss, split against whole: weights, metrics; and what a NaN does.
+
+Every layout with one loss, tensor by tensor: test_layouts.py.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "objective": {"name": "minirl"},
         "loss": {"normaliser": "sequences", "entropy_coefficient": 0.01},
     },
+    "reference": {"objective": {"name": "dppo_binary_kl"}, "loss": {"kl": {"coefficient": 0.5, "estimator": "k2"}}},
 }
 
 
@@ -121,8 +125,15 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not isinstance(value, str)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    [
+        ("binary_tv", "tp2_ep2_pp2_virtual2_uneven"),
+        *(("topk_kl_decoupled", layout) for layout in LAYOUTS),
+        *(("minirl_by_sequence", layout) for layout in ("dp2_ep2", "pp2_virtual2_dp2", "cp2_dp2_ep2")),
+        *(("reference", layout) for layout in ("tp2_ep2", "dp2", "tp2_cp2_ep2", "pp2_virtual2_dp2")),
+    ],
+)
 def test_two_steps_equal_one_rank(
     ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str, objective: str
 ) -> None:
@@ -221,6 +232,43 @@ def test_a_routers_bias_keeps_its_bits(ranks: RankPool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(weights[bias], before[bias].numpy())
     for name in before.keys() - {bias}:
         assert not np.array_equal(weights[name], before[name].bfloat16().float()), f"{name} has not moved"
+
+
+def test_the_reference_stays(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """It is the policy at first, and pulls the more the harder it is asked to."""
+    training = {"steps": 2, "minibatches": 1, "micro_batch_tokens": 40, "lr": 1e-3, "eps": 1e-5}
+    moved = []
+    for coefficient in (1e-6, 10.0):
+        loss = {"kl": {"coefficient": coefficient}}
+        settings = config(Parallel(), objective={"name": "dppo_binary_tv"}, loss=loss, training=training)
+        _, metrics = ranks.run(rl_steps, Parallel(), checkpoint, settings, *samples(checkpoint), tmp_path)[0]
+        assert metrics[0]["kl_reference"] == 0
+        moved.append(metrics[1])
+    assert moved[0]["kl_reference"] > 0 and moved[1]["grad_norm"] > 3 * moved[0]["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "training"),
+    [("tp2_ep2", {}), ("pp2", {"recompute": "full"}), ("cp2", {}), ("dp2_ep2", {"packed": False})],
+    ids=str,
+)
+def test_experts_move_by_the_tokens_they_get(
+    ranks: RankPool, tmp_path: Path, layout: str, training: dict[str, Any]
+) -> None:
+    """The same bits, however tokens are padded or split; by the rate up or down, or not at all, in each step."""
+    path = write_checkpoint(tmp_path / "model", tiny_model(deepseek_config(), seed=5))
+    of_training = {"steps": 2, "minibatches": 1, "micro_batch_tokens": 40, "lr": 1e-5, "expert_bias_rate": 2**-10}
+    found = {}
+    for name, parallel, changes in (("one", Parallel(), {}), (layout, LAYOUTS[layout], training)):
+        settings = config(parallel, **OBJECTIVES["binary_tv"], training=of_training | changes)
+        weights, _ = ranks.run(rl_steps, parallel, path, settings, *samples(path), tmp_path)[0]
+        found[name] = {tensor: value for tensor, value in weights.items() if tensor.endswith("correction_bias")}
+    before = hub_tensors(path)
+    assert found["one"]
+    for tensor, value in found["one"].items():
+        np.testing.assert_array_equal(found[layout][tensor], value)
+        moves = np.round((value - before[tensor].numpy()) * 2**10, 4)
+        assert {-2, 2} <= set(moves) <= {-2, -1, 0, 1, 2}
 
 
 def test_the_mismatch_is_of_the_first_minibatch_only(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:

@@ -205,6 +205,29 @@ def test_a_killed_run_goes_on_where_it_was(recipe: Path) -> None:
     assert job.returncode == 1 and "resume: run.seed: got 5, expected the checkpoint's 0" in output
 
 
+def test_rollouts_ahead_of_training(recipe: Path) -> None:
+    """With a staleness of one, responses are sampled while ranks train, held over each update; a killed run goes on with
+    the batches that had been waiting."""
+    ahead = ["rollout.max_staleness=1", "rollout.max_response_tokens=40", "checkpoint.every=1"]
+    sizes = ["training.micro_batch_tokens=256", "training.lr=1e-5"]
+    run = recipe.parent / "run"
+    job = command(recipe, "training.steps=1000", *ahead, *sizes)
+    wait_until(lambda: steps_done(recipe) >= 5, job)
+    family = descendants(job.pid)
+    client = [p for p, name in family.items() if "rollout.client" in name and "processes.py" not in name]
+    os.kill(client[0], signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert_gone(family)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["staleness_max"] for record in records] == [0] + [1] * (len(records) - 1)
+    assert all(record["too_old"] == 0 and record["mismatch"] < 0.01 for record in records)
+
+    output, _ = command(recipe, f"training.steps={len(records) + 2}", "resume=auto", *ahead, *sizes).communicate()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(len(records))), output
+    assert all(record["staleness_max"] <= 1 for record in records[:-1])
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server that runs already, and the model it was started with."""
