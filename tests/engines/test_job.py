@@ -206,8 +206,8 @@ def test_a_killed_run_goes_on_where_it_was(recipe: Path) -> None:
 
 
 def test_rollouts_ahead_of_training(recipe: Path) -> None:
-    """With a staleness of one, responses are sampled while ranks train, held over each update; a killed run goes on with
-    the batches that had been waiting."""
+    """With a staleness of one, responses are sampled while ranks train, and held over each update; a killed run goes on
+    with the batches that had been waiting."""
     ahead = ["rollout.max_staleness=1", "rollout.max_response_tokens=40", "checkpoint.every=1"]
     sizes = ["training.micro_batch_tokens=256", "training.lr=1e-5"]
     run = recipe.parent / "run"
