@@ -203,7 +203,7 @@ class Optimizer:
 
     def _refuse_non_finite(self, watch: Mapping[str, Tensor]) -> None:
         buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
-        sums = [buffer.grad_data.sum(dtype=torch.float64) for buffer in buffers]
+        sums = [buffer.grad_data.sum().double() for buffer in buffers]  # one pass; it may overflow, see below
         total = torch.stack([*sums, *(value.double() for value in watch.values())]).sum()
         finite = torch.isfinite(total).to(torch.float32)
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
@@ -219,6 +219,8 @@ class Optimizer:
         of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(of_ranks, mine)
         names = [f"{name} (rank {rank})" for rank, found in enumerate(of_ranks) for name in found]
+        if not names:
+            return  # large numbers, all of them finite
         rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         raise NonFinite(f"got inf or NaN in {', '.join(names[:MAX_NAMES])}{rest}")
 
