@@ -216,7 +216,10 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
             "loss.skip_zero_advantage: got true, expected false",
         ),
         (["loss.skip_zero_advantage=true"], None),
-        (["loss.skip_zero_advantage=true", "loss.kl.coefficient=0.1"], "loss.skip_zero_advantage: got true, expected false: the pull"),
+        (
+            ["loss.skip_zero_advantage=true", "loss.kl.coefficient=0.1"],
+            "loss.skip_zero_advantage: got true, expected false: the pull to a reference",
+        ),
         (["loss.kl.estimator=k1"], "loss.kl.estimator: got k1, which loss.kl.coefficient 0 does not use"),
         (["loss.kl.coefficient=0.1", "loss.kl.estimator=k1"], None),
         (
