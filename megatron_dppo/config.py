@@ -13,7 +13,6 @@ raises one `ConfigError` that names every fault it can see.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.files import replacing
 from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
 
@@ -358,9 +358,8 @@ def save_config(config: Config, path: Path | str) -> None:
     """Writes the config as YAML that `load_config` reads back to an equal one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def objective_of(config: Config) -> Objective:

@@ -34,13 +34,19 @@ from megatron_dppo.control import (
     SHARED_VARIABLE,
     Control,
 )
-from megatron_dppo.metrics import Progress, keep_records_before, plot_learning_curve, read_metrics, write_summary
+from megatron_dppo.metrics import (
+    METRICS,
+    Progress,
+    keep_records_before,
+    plot_learning_curve,
+    read_metrics,
+    write_summary,
+)
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
 from megatron_dppo.rollout.vllm_server import runs_on_cpu, server_command, server_env, wait_ready
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
-METRICS = "metrics.jsonl"
 SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
 OUTPUTS = (
     "resolved.yaml", "logs", METRICS, "tensorboard", "summary.json", "learning_curve.png", "model", DIRECTORY,

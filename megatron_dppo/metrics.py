@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from megatron_dppo.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+METRICS = "metrics.jsonl"  # in a run's directory
 REWARD = "reward"
 ACCURACY = "accuracy"
 MEAN_ABS_PI_MINUS_MU = "mean_abs_pi_minus_mu"
@@ -65,7 +67,7 @@ class MetricsWriter:
     def __init__(self, directory: Path | str, *, tensorboard: bool = True, start: int = 0):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
+        self.path = directory / METRICS
         self._file = self.path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
@@ -176,10 +178,8 @@ class Laps:
 
 def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:
     """Writes the run's summary as JSON, beside and then renamed, so that no reader sees half of it."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -194,9 +194,8 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 def keep_records_before(path: Path, start: int) -> None:
     """Drops the records of step `start` and later ones from a metrics.jsonl; written beside and renamed."""
     kept = [record for record in read_metrics(path) if record["step"] < start]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:
@@ -228,9 +227,8 @@ def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:
         panel.set_ylim(bottom=0)
     for panel in panels[1]:
         panel.set_xlabel("training step")
-    beside = Path(png_path).with_name(Path(png_path).name + ".tmp")
-    figure.savefig(beside, dpi=120, format="png")
-    os.replace(beside, png_path)
+    with replacing(png_path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 
 def _draw(panel: Axes, records: list[dict[str, Any]], names: Mapping[str, str], **style: Any) -> None:

@@ -239,7 +239,7 @@ def measure(gib: float, rounds: int, root: Path) -> dict[str, Any]:
         engine = Engine(url)
         engine.post("/pause?mode=wait")
         answers = sorted(engine.ask("mdppo_boxes"), key=lambda answer: answer["worker"])
-        boxes = [[Box(name, tuple(low), tuple(high)) for name, low, high in a["boxes"]] for a in answers]
+        boxes = [[*map(Box.from_json, answer["boxes"])] for answer in answers]
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         address = f"127.0.0.1:{store.port}"
         pieces = [list(megatron_layout(load_architecture(model), TRAINER, rank)) for rank in range(TRAINER.ranks)]

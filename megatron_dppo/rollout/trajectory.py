@@ -11,7 +11,6 @@ routed to.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
+
+from megatron_dppo.files import replacing
 
 Array = npt.NDArray[Any]
 
@@ -236,12 +237,8 @@ def from_columns(columns: Mapping[str, Array]) -> list[Scored]:
 
 def save_batch(path: Path, batch: Sequence[Scored]) -> None:
     """Write `batch` as one safetensors file, which appears whole or not at all (written beside, renamed)."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as beside:
         save_file(to_columns(batch), beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_batch(path: Path) -> list[Scored]:

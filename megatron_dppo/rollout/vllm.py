@@ -152,7 +152,7 @@ class VllmEngine:
     async def layout(self) -> list[list[Box]]:
         answers = await self._ask_each_worker("mdppo_boxes")
         answers.sort(key=lambda answer: int(answer["worker"]))
-        return [[Box(name, tuple(start), tuple(stop)) for name, start, stop in a["boxes"]] for a in answers]
+        return [[*map(Box.from_json, answer["boxes"])] for answer in answers]
 
     async def checksum(self) -> dict[str, int]:
         answers = await self._ask_each_worker("mdppo_fingerprints")

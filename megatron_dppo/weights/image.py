@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
+from megatron_dppo.files import replacing
 from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.weights.hub_files import TensorInfo, header_bytes, read_header, typed
 from megatron_dppo.weights.layout import Piece
@@ -33,11 +34,9 @@ def image_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, TensorInf
 def create_image(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """A file with room for the tensors, in the place of an older one. Raises OSError where there is no room."""
     header = header_bytes(tensors)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    with replacing(path) as beside, beside.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, len(header) + sum(info.nbytes for info in tensors.values()))
         file.write(header)
-    beside.rename(path)
 
 
 def write_image(path: Path, parameters: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:

@@ -6,8 +6,9 @@ checking a layout all walk the same list of pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.weights.mapping import Entry, Run, entries
@@ -135,6 +136,12 @@ class Box:
     tensor: str
     start: tuple[int, ...]
     stop: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, fields: Sequence[Any]) -> Box:
+        """A box that has been [tensor, start, stop] in a message."""
+        tensor, start, stop = fields
+        return cls(tensor, tuple(start), tuple(stop))
 
     @property
     def hub_index(self) -> tuple[slice, ...]:

@@ -136,7 +136,7 @@ class GroupSender:
         workers = self._control.wait(engine_layout_key(order["layout"]), self._timeout_s)["workers"]
         plan = sync_plan(
             [held.pieces_of(rank) for rank in range(ranks)],
-            [[Box(name, tuple(start), tuple(stop)) for name, start, stop in boxes] for boxes in workers],
+            [[*map(Box.from_json, boxes)] for boxes in workers],
             hub_dtypes(held.arch, str(held.dtype).removeprefix("torch.")),
             bucket_bytes=self._bucket_bytes,
             instances=order["instances"],

@@ -86,7 +86,7 @@ class Ranks:
         arch = load_architecture(case.served.model_dir)
         pieces = [list(megatron_layout(arch, trainer, rank)) for rank in range(trainer.ranks)]
         answers = sorted(ask(case.served, "mdppo_boxes"), key=lambda answer: answer["worker"])
-        boxes = [[Box(name, tuple(start), tuple(stop)) for name, start, stop in a["boxes"]] for a in answers]
+        boxes = [[*map(Box.from_json, answer["boxes"])] for answer in answers]
         plan = sync_plan(pieces, boxes, hub_dtypes(arch, "float32"), bucket_bytes=1 << 16)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         publish(store, plan)
