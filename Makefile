@@ -1,5 +1,6 @@
 # Everything a newcomer, CI and the README call. `make help` lists it.
 PYTHON ?= python3.11
+PYTHON312 ?= python3.12
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -7,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines test-long lint types format clean
+.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines test-long test-latest lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -49,6 +50,15 @@ test-engines: $(STAMP)  ## Real rollout engines
 test-long: $(STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (half an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)
 	MDPPO_ALL_PAIRS=1 $(PYTEST) tests/engines/test_sync.py $(ARGS)
+
+# The index may have another build of torch for this Python, with another triton; vLLM is for the pinned one.
+test-latest:  ## The backend's tests under Python 3.12 and the newest megatron-core, in .venv-latest
+	$(PYTHON312) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet torch==2.13.0
+	grep -vE '^(\#|torch==|triton==|vllm|megatron-core)' requirements/cpu.txt > .venv-latest/requirements.txt
+	.venv-latest/bin/python -m pip install --quiet --no-deps -r .venv-latest/requirements.txt 'megatron-core>=0.19,<0.20'
+	.venv-latest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest tests/backend tests/distributed $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -272,7 +272,7 @@ def _reference(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iter
                 yield f"loss.kl.{name}: got {got}, which loss.kl.coefficient 0 does not use"
         return
     if kl.estimator == "k1" and not kl.importance:
-        yield "loss.kl.importance: got false, expected true: k1 alone has the same gradient wherever the reference is"
+        yield "loss.kl.importance: got false, expected true: k1 alone does not pull"
     if kl.reference is None:
         return
     try:
@@ -285,18 +285,18 @@ def _reference(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iter
 
 
 def _optimizer(
-    training: TrainingConfig, parallel: ParallelConfig, checkpoint: CheckpointConfig, arch: Architecture
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    checkpoint: CheckpointConfig,
+    model: ModelConfig,
+    arch: Architecture,
 ) -> Iterator[str]:
     if training.optimizer == "sgd":
         if parallel.distributed_optimizer:
             yield "parallel.distributed_optimizer: got true, expected false: sgd has no state to shard"
         if checkpoint.every:
             yield f"checkpoint.every: got {checkpoint.every}, expected 0: training.optimizer sgd is for comparisons"
-    if training.offload_optimizer:
-        import torch
-
-        if not torch.cuda.device_count():
-            yield "training.offload_optimizer: got true, expected false: there is no GPU, all is on the CPU already"
+    yield from _offload(training, parallel, checkpoint, model)
     if training.no_weight_decay and not training.weight_decay:
         yield "training.no_weight_decay: got names, expected none: training.weight_decay is 0"
     names = hub_shapes(arch)
@@ -305,6 +305,23 @@ def _optimizer(
             yield f"training.no_weight_decay: got {pattern!r}, expected to match tensors, such as {next(iter(names))}"
     if training.expert_bias_rate and not arch.sigmoid_router:
         yield f"training.expert_bias_rate: got {training.expert_bias_rate}, expected 0: the routers have no bias"
+
+
+def _offload(
+    training: TrainingConfig, parallel: ParallelConfig, checkpoint: CheckpointConfig, model: ModelConfig
+) -> Iterator[str]:
+    """What Megatron's hybrid optimizer can do, and what of it this package can save."""
+    if not training.offload_optimizer:
+        return
+    import torch
+
+    what = "training.offload_optimizer: got true, expected"
+    if not torch.cuda.device_count():
+        yield f"{what} false: there is no GPU, all is on the CPU already"
+    if not parallel.distributed_optimizer or training.optimizer != "adam" or model.dtype != "bfloat16":
+        yield f"{what} false, or Adam on bfloat16 weights with parallel.distributed_optimizer"
+    if checkpoint.every:
+        yield f"{what} false, or checkpoint.every 0: its state cannot be loaded again yet"
 
 
 def _head(head: HeadConfig, parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:

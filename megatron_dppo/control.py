@@ -10,8 +10,10 @@ import asyncio
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -159,23 +161,30 @@ class Orders:
     def __init__(self, control: Control, timeout_s: float) -> None:
         """`timeout_s`: how long a reply may take."""
         self.control, self.timeout_s = control, timeout_s
-        self._replies = Control.connect(control.address)  # who waits has a connection for itself
+        self._replies = Control.connect(control.address)  # who waits has a connection for itself, and a thread
+        self._waiting = ThreadPoolExecutor(1)
         self._turn = asyncio.Lock()
         self._given = 0
         self.version = 0
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Waits for its turn, gives an order, and returns the answer. Raises ControlTimeout."""
+        """Waits for its turn, gives an order, and returns the answer. Raises ControlTimeout.
+
+        An order that was begun is carried out also when nobody waits for it any more.
+        """
+        return await asyncio.shield(asyncio.create_task(self._do(order)))
+
+    async def _do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         async with self._turn:
-            number = self._give(order)
-            reply = await asyncio.to_thread(self._replies.take, reply_key(number), self.timeout_s)
+            take = partial(self._replies.take, reply_key(self._give(order)), self.timeout_s)
+            reply = await asyncio.get_running_loop().run_in_executor(self._waiting, take)
             self.version = reply.get("version", self.version)
             return reply
 
-    def end(self, order: Mapping[str, Any]) -> None:
-        """The last order, which nobody answers."""
-        assert not self._turn.locked(), "an order is under way"
-        self._give(order)
+    async def end(self, order: Mapping[str, Any]) -> None:
+        """The last order, which nobody answers; in its turn."""
+        async with self._turn:
+            self._give(order)
 
     def _give(self, order: Mapping[str, Any]) -> int:
         number = self._given

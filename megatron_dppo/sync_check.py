@@ -98,7 +98,7 @@ async def run_client(config: Config) -> None:
         fleet = fleet_of(config, engines, orders, fingerprints=True)
         for version in range(1, config.training.steps + 1):
             control.post(_row_key(version), asdict(await _check_update(config, fleet, orders, version)))
-        orders.end({"do": "stop"})
+        await orders.end({"do": "stop"})
     finally:
         for engine in engines:
             await engine.close()

@@ -4,10 +4,10 @@ With d = log pi(a_t) - log ref(a_t), Schulman's estimators of KL(pi || ref) from
 
     k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
 
-A term beta * k in the loss adds -beta * dk / dlog pi to a token's coefficient, which is 1, d or 1 - exp(-d): nothing
-that pulls for k1, the gradient of KL(ref || pi) for k3. What is wanted is the gradient of the *expectation* under pi.
-Samples come from mu, so that is of E_mu[r k] with r = pi / mu, whose token adds -beta * r * (k + dk / dlog pi): with k3
-r * d, of least variance among the unbiased. `importance` chooses it; r is capped as in Eq. 23.
+A term beta * k in the loss adds -beta * dk / dlog pi to a token's coefficient: 1, d or 1 - exp(-d). The 1 of k1
+averages to nothing and is left out; what k3 adds is the gradient of KL(ref || pi). What is wanted is the gradient of
+the *expectation* under pi. Samples come from mu, so that is of E_mu[r k] with r = pi / mu, whose token adds
+-beta * r * (k + dk / dlog pi): r * d with k1 and k3. `importance` chooses it; r is capped as in Eq. 23.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class ReferenceKl:
 
 
 def estimate(estimator: Estimator, logprob: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimator and its derivative by log pi, f64[T] each, from log-probs f32[T]; d is clamped to +-20."""
+    """The estimator and what its derivative by log pi pulls with, f64[T] each, from log-probs f32[T]; d is clamped to
+    +-20."""
     d = (logprob.double() - reference.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     match estimator:
         case "k1":
-            return d, torch.ones_like(d)
+            return d, torch.zeros_like(d)
         case "k2":
             return d * d / 2, d
         case "k3":

@@ -90,6 +90,7 @@ class Optimizer:
                 params_dtype=dtype,
                 use_distributed_optimizer=distributed,
                 optimizer_cpu_offload=settings.offload,  # by Megatron's HybridDeviceOptimizer
+                use_precision_aware_optimizer=settings.offload,
                 optimizer_offload_fraction=1.0 if settings.offload else 0.0,
                 overlap_cpu_optimizer_d2h_h2d=settings.offload,
             ),
@@ -119,8 +120,8 @@ class Optimizer:
         """Clips and applies the gradients; returns their norm before clipping.
 
         `watch`: named scalars of this rank (its losses) that must be finite too. Raises NonFinite, before any weight
-        moved, naming what is inf or NaN and on which rank. Collectives: one scalar all-reduce, and Megatron's (the
-        norm; the gather of parameters with the distributed optimizer).
+        moved (but for a router's bias), naming what is inf or NaN and on which rank. Collectives: one scalar
+        all-reduce, and Megatron's (the norm; the gather of parameters with the distributed optimizer).
         """
         self._refuse_non_finite(watch)
         _, norm, _ = self._optimizer.step()
@@ -220,7 +221,7 @@ class Optimizer:
         torch.distributed.all_gather_object(of_ranks, mine)
         names = [f"{name} (rank {rank})" for rank, found in enumerate(of_ranks) for name in found]
         if not names:
-            return  # large numbers, all of them finite
+            names = ["the gradients' sum (they are finite, and too large for float32)"]
         rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         raise NonFinite(f"got inf or NaN in {', '.join(names[:MAX_NAMES])}{rest}")
 

@@ -62,16 +62,18 @@ class Client:
             # Version 0 too: whatever an engine started with, what it samples from is what the trainer has.
             with timed(self.seconds, "update_engines"):
                 await self.sampler.fleet.update(step)
-            self.ahead.begin(step)
             evaluation = await self._evaluate(step)
             stop = self._reason_to_stop(step, evaluation)
             if stop is not None:
-                self.orders.end({"do": "stop", "stop": stop, "evaluation": evaluation, "seconds": self.seconds})
+                await self.ahead.close()
+                await self.orders.end({"do": "stop", "stop": stop, "evaluation": evaluation, "seconds": self.seconds})
                 return
+            self.ahead.begin(step)
             order = await self._next_batch(step)
             seconds, self.seconds = self.seconds, {}
             with timed(self.seconds, "wait_for_trainer"):
                 await self.orders.do({"do": "train", "evaluation": evaluation, "seconds": seconds, **order})
+                self.ahead.check()
                 for path in self.shared.glob("batch-*"):  # the ranks are done with them
                     path.unlink()
                 await self._save(step + 1)

@@ -15,7 +15,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_dppo.control import Control, Orders, engine_layout_key, meeting_key
@@ -73,7 +75,8 @@ class Fleet:
         self._orders, self._transport = orders, transport
         self._attempts, self._patience_s, self._check = attempts, patience_s, check
         self._fingerprints = fingerprints
-        self._meetings = Control.connect(orders.control.address)  # who waits has a connection for itself
+        self._meetings = Control.connect(orders.control.address)  # who waits has a connection for itself, and a thread
+        self._waiting = ThreadPoolExecutor(1)
         self._mending = asyncio.Lock()
         self._losses: Counter[RolloutEngine] = Counter()  # how often each was lost: errors of before are old news
         self._given_up: Exception | None = None
@@ -91,17 +94,19 @@ class Fleet:
         """
         self._orders.version = version
         async with self._mending:
+            if self._given_up:
+                raise self._given_up
             lost = [engine for engine in self.engines if engine not in self.living]
             error = await self._bring([*self.living, *await self._back(lost)])
             if not self.living:
-                assert error is not None
-                await self._wait_for_one(error)
+                await self._wait_for_one(error or EngineUnreachable(self.engines[0].url, "no engine answers"))
 
     async def _back(self, lost: Sequence[RolloutEngine]) -> list[RolloutEngine]:
         """Those that answer again."""
         answers = await asyncio.gather(*map(self._answers, lost))
         back = [engine for engine, answer in zip(lost, answers, strict=True) if answer]
         for engine in back:
+            self._met = []  # a meeting of before would let them wait while ranks still train
             log.warning("engine %s is back", engine.url)
         return back
 
@@ -125,6 +130,7 @@ class Fleet:
             updated += [engine for engine in left if engine not in failures]
             left = []
             for engine, error in failures.items():
+                self._losses[engine] += 1  # it may have been restarted, and answered from the weights of its start
                 log.warning("version %d, attempt %d: %s", self._orders.version, attempt + 1, error)
                 if await self._answers(engine):
                     left.append(engine)
@@ -182,8 +188,8 @@ class Fleet:
             "layout": self._layout,
         }
         sending = asyncio.create_task(self._orders.do(order))
-        key, timeout_s = meeting_key(self._generation), self._orders.timeout_s
-        meeting = await asyncio.to_thread(self._meetings.wait, key, timeout_s)
+        meet = partial(self._meetings.wait, meeting_key(self._generation), self._orders.timeout_s)
+        meeting = await asyncio.get_running_loop().run_in_executor(self._waiting, meet)
         own = {"version": self._orders.version, "fingerprints": self._fingerprints}
         updates = {e: GroupUpdate(**{**meeting, **own, "instance": i}) for i, e in enumerate(engines)}
         failures = await self._take_until(updates, sending, meeting["timeout_s"])
@@ -296,12 +302,16 @@ class Fleet:
         `losses`: of the engine when what failed was begun.
         """
         if engine not in self.living or self._losses[engine] != losses:
-            async with self._mending:  # another request is seeing to it, or has
-                return
+            if not self.living:
+                async with self._mending:  # another request is seeing to it
+                    pass
+            return
         log.warning("%s", error)
         self.living.remove(engine)
         self._losses[engine] += 1
         async with self._mending:
+            if engine in self.living:
+                return  # an update has brought it back
             try:
                 if not self.living:
                     await self._wait_for_one(error)

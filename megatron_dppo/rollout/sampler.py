@@ -50,9 +50,8 @@ class Sampler:
     async def groups(self, step: int, groups: Sequence[int], seconds: dict[str, float]) -> list[Scored]:
         """All responses to some of the step's prompts (by their places in it), group by group."""
         settings = self.config.rollout
-        indices = batch_indices(step, settings.prompts_per_step, len(self.train), self.config.run.seed)
-        size = settings.samples_per_prompt
-        prompts = [self.train[indices[group]] for group in groups for _ in range(size)]
+        size, of_step = settings.samples_per_prompt, self.prompts(step)
+        prompts = [of_step[group] for group in groups for _ in range(size)]
         sampling = Sampling(
             temperature=settings.temperature,
             max_tokens=settings.max_response_tokens,
@@ -62,7 +61,7 @@ class Sampler:
             top_k=settings.top_k,
         )
         requests = [
-            self._request(self.train[indices[group]], sampling, f"{step}-{number}", f"{step}-{group}", group)
+            self._request(of_step[group], sampling, f"{step}-{number}", f"{step}-{group}", group)
             for group in groups
             for number in range(group * size, (group + 1) * size)
         ]
@@ -72,6 +71,22 @@ class Sampler:
             scores = await self._score(trajectories, prompts)
             of_group = np.repeat(np.asarray(groups), size)
             return with_advantages(trajectories, scores, of_group, self.config.advantage.normalise)
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The step's, which follow from the seed."""
+        number, seed = self.config.rollout.prompts_per_step, self.config.run.seed
+        return [self.train[index] for index in batch_indices(step, number, len(self.train), seed)]
+
+    def fits(self, step: int, samples: Sequence[Scored]) -> bool:
+        """Whether samples of an earlier run are answers to the step's prompts, recorded as this run would."""
+        rollout = self.config.rollout
+        prompts = [prompt for prompt in self.prompts(step) for _ in range(rollout.samples_per_prompt)]
+        return len(samples) == len(prompts) and all(
+            np.array_equal(sample.trajectory.prompt_ids, prompt.token_ids)
+            and sample.trajectory.temperature == rollout.temperature
+            and sample.trajectory.topk_ids.shape[1] >= num_recorded_topk(self.config)
+            for sample, prompt in zip(samples, prompts, strict=True)
+        )
 
     async def accuracy(self, prompts: Sequence[Prompt], sampling: Sampling, name: str) -> float:
         """Share of right answers, one to each prompt."""
@@ -165,6 +180,12 @@ class Ahead:
         del self._batches[step]
         return Batch(samples, seconds, dropped)
 
+    def check(self) -> None:
+        """Raises what went wrong with a batch that nobody waits for yet."""
+        for task in self._batches.values():
+            if task.done():
+                task.result()
+
     async def close(self) -> None:
         """Ends what is still being sampled."""
         for task in self._batches.values():
@@ -182,14 +203,15 @@ class Ahead:
         return files
 
     def restore(self, files: Mapping[int, Path]) -> None:
-        """Takes batches that `save` left; those of another size than this run's are sampled anew."""
+        """Takes batches that `save` left; those that do not fit this run are sampled anew."""
         for step, path in files.items():
             samples = load_batch(path)
-            if len(samples) == self._prompts * self._size:
+            if self._sampler.fits(step, samples):
                 self._batches[step] = asyncio.create_task(_done(Batch(samples, {})))
             else:
-                message = "step %d: the checkpoint's batch has %d samples, not %d x %d: sampled anew"
-                log.warning(message, step, len(samples), self._prompts, self._size)
+                log.warning(
+                    "step %d: the checkpoint's batch is not of this run's prompts and settings: sampled anew", step
+                )
 
 
 async def _done(batch: Batch) -> Batch:

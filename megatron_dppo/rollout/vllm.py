@@ -268,7 +268,8 @@ class VllmEngine:
         progress = (await self._ask_workers("mdppo_progress"))["tokens"]
         for wire_id, flight in self._flights.items():
             at_server = re.compile(re.escape(f"generate-tokens-{wire_id}") + "(-[0-9a-f]{8})?")
-            flight.tokens = max((n for name, n in progress.items() if at_server.fullmatch(name)), default=0)
+            found = (tokens for name, tokens in progress.items() if at_server.fullmatch(name))
+            flight.tokens = max(flight.tokens, *found, 0)
 
     async def _pause_server(self, mode: PauseMode) -> None:
         await self._once("POST", "/pause", params={"mode": mode, "clear_cache": "true"})
@@ -396,6 +397,8 @@ class VllmEngine:
             ):
                 with attempt:
                     if flight and attempt.retry_state.attempt_number > 1:
+                        await self._open.wait()  # in the middle of an update it has neither weights
+                        self._require_ready()
                         await self._check_version()
                         flight.spans, flight.tokens = [(0, self._version)], 0
                     return await self._send(verb, path, body, parse=parse)

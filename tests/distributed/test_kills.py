@@ -5,6 +5,7 @@ MDPPO_KILLS says how often (`make test-long`: 20); samples are recorded ones, so
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -88,7 +89,7 @@ def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> b
                         os.kill(_process(chance.choice(children).pid), signal.SIGKILL)
                         return False
                     time.sleep(0.002)
-        orders.end({"do": "stop", **empty})
+        asyncio.run(orders.end({"do": "stop", **empty}))
         while any(child.poll() is None for child in children):
             assert time.monotonic() < give_up
             time.sleep(0.05)

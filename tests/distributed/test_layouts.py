@@ -21,7 +21,7 @@ from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import Proof, proof
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_trainer import GROUPS, SAMPLES, samples
-from tests.tiny_models import tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
 
 STEPS = 3
 LEAST_MARGIN = 1e-4
@@ -182,6 +182,7 @@ def test_a_split_changes_nothing(
             assert np.linalg.norm(value) > 0
             error = np.linalg.norm(got[tensor] - value) / np.linalg.norm(value)
             assert error <= 1e-5, f"{kind} of {tensor}: relative error {error:.1e}"
+    assert answers[0].metrics[0]["grad_norm"] == pytest.approx(expected.metrics[0]["grad_norm"], rel=1e-5)
     # Of the same weights to 1e-6; later ones are those of weights that differ by as much as they may.
     for step, tolerance in enumerate((1e-6, 1e-4, 1e-4)):
         assert answers[0].metrics[step]["loss"] == pytest.approx(
@@ -190,10 +191,31 @@ def test_a_split_changes_nothing(
 
 
 def test_the_steps_are_worth_comparing(ranks: RankPool, checkpoints: dict[str, Path]) -> None:
-    """Masks on both sides bite, weights move, and routers' weights without decay are told from others."""
+    """Masks on both sides bite, gradients are clipped, weights move."""
     path = checkpoints["moe"]
     for optimizer in ("adam", "sgd"):
         found = on_one_rank(ranks, path, path.parent, optimizer)
         first, last = found.metrics[0], found.metrics[-1]
         assert first["masked_share_positive"] > 0 and first["masked_share_negative"] > 0
         assert abs(first["loss"] - last["loss"]) > 1e-3
+        assert first["grad_norm"] > 1.5
+
+
+def test_only_what_was_named_keeps_from_decaying(ranks: RankPool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """One step with and without the names: routers' weights differ by the decay, nothing else does."""
+    path, case = checkpoints["moe"], Case(Parallel(), optimizer="sgd", distributed=False)
+    named = config(case, path)
+    training = named.training.model_copy(update={"no_weight_decay": ()})
+    order = order_of(case, named, path, tmp_path)
+    found = []
+    for settings in (named, named.model_copy(update={"training": training})):
+        (one,) = ranks.run(proof, Parallel(), path, settings, order, 1, tmp_path)
+        found.append(one.weights)
+    before = hub_tensors(path)
+    for tensor, kept in found[0].items():
+        if tensor.endswith(".mlp.gate.weight"):
+            decay = training.lr * training.weight_decay * before[tensor].numpy()
+            np.testing.assert_allclose(found[1][tensor], kept - decay, rtol=1e-6, atol=1e-7)
+            assert np.abs(decay).max() > 1e-4
+        else:
+            np.testing.assert_array_equal(found[1][tensor], kept)

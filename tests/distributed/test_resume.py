@@ -21,6 +21,7 @@ from tests.tiny_models import deepseek_config, hub_tensors, tiny_config, tiny_mo
 
 LAYOUTS = {
     "single": Parallel(),
+    "tp2": Parallel(tensor=2, ranks=2),  # whole experts on both ranks
     "tp2_ep2": Parallel(tensor=2, expert=2, ranks=2),
     "pp2": Parallel(pipeline=2, ranks=2),
     "dp2_ep2": Parallel(expert=2, ranks=2),
@@ -32,6 +33,7 @@ LAYOUTS = {
 CASES = [
     ("tp2_ep2", ["tp2_ep2", "single", "pp2", "dp4"]),
     ("dp2_ep2", ["dp2_ep2", "tp2_ep2_pp2_virtual2"]),
+    ("tp2", ["tp2", "pp2"]),
     ("tp2_ep2_pp2_virtual2", ["tp2_ep2_pp2_virtual2", "tp2_cp2_ep2"]),
 ]
 MODELS = {

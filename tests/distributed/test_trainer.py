@@ -235,16 +235,15 @@ def test_a_routers_bias_keeps_its_bits(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def test_the_reference_stays(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
-    """It is the policy at first, and pulls the more the harder it is asked to."""
-    training = {"steps": 2, "minibatches": 1, "micro_batch_tokens": 40, "lr": 1e-3, "eps": 1e-5}
+    """It is the policy at first, and the harder it pulls the less the policy leaves it."""
+    training = {"steps": 2, "minibatches": 4, "micro_batch_tokens": 40, "lr": 1e-5, "eps": 1e-5}
     moved = []
-    for coefficient in (1e-6, 10.0):
+    for coefficient in (1e-6, 100.0):
         loss = {"kl": {"coefficient": coefficient}}
         settings = config(Parallel(), objective={"name": "dppo_binary_tv"}, loss=loss, training=training)
         _, metrics = ranks.run(rl_steps, Parallel(), checkpoint, settings, *samples(checkpoint), tmp_path)[0]
-        assert metrics[0]["kl_reference"] == 0
-        moved.append(metrics[1])
-    assert moved[0]["kl_reference"] > 0 and moved[1]["grad_norm"] > 3 * moved[0]["grad_norm"]
+        moved.append(metrics[0]["kl_reference"])
+    assert 0 < moved[1] < 0.5 * moved[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from megatron_dppo.config import Config
+from megatron_dppo.data.prompts import Prompt
 from megatron_dppo.rollout.sampler import Ahead, Batch, TooOld, batch_metrics
+from megatron_dppo.rollout.sampler import Sampler as RealSampler
 from megatron_dppo.rollout.trajectory import Scored, Trajectory
 
 PROMPTS, SIZE, STEPS = 3, 2, 5
@@ -52,6 +54,7 @@ class Sampler:
 
     config: Config
     version: int = 0
+    first_id: int = 1
     asked: list[tuple[int, tuple[int, ...], int]] = field(default_factory=list)  # step, groups, version
 
     async def groups(self, step: int, groups: Sequence[int], seconds: dict[str, float]) -> list[Scored]:
@@ -60,6 +63,11 @@ class Sampler:
         version = self.version
         await asyncio.sleep(0)
         return [scored(f"{step}-{g}-{i}", [version, version]) for g in groups for i in range(SIZE)]
+
+    fits = RealSampler.fits
+
+    def prompts(self, step: int) -> list[Prompt]:
+        return [Prompt(1, "1", "1", np.array([self.first_id], np.int32))] * self.config.rollout.prompts_per_step
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])
@@ -123,14 +131,21 @@ async def _done(batch: Batch) -> Batch:
     return batch
 
 
-def test_batches_of_another_size_are_sampled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("rollout", "first_id"),
+    [({"samples_per_prompt": 4}, 1), ({"temperature": 0.5}, 1), ({"log_topk": 2}, 1), ({}, 2)],
+    ids=["size", "temperature", "topk", "prompts"],
+)
+def test_batches_that_do_not_fit_are_sampled_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rollout: dict[str, Any], first_id: int
+) -> None:
     async def run() -> list[tuple[int, tuple[int, ...], int]]:
         ahead = Ahead(Sampler(config(max_staleness=1)))  # type: ignore[arg-type]
         ahead.begin(0)
         await asyncio.sleep(0.001)
         files = {int(step): Path(file) for step, file in ahead.save(tmp_path).items()}
         assert list(files) == [0, 1]
-        sampler = Sampler(config(max_staleness=1, samples_per_prompt=4))
+        sampler = Sampler(config(max_staleness=1, **rollout), first_id=first_id)
         other = Ahead(sampler)  # type: ignore[arg-type]
         other.restore(files)
         other.begin(0)
@@ -138,7 +153,7 @@ def test_batches_of_another_size_are_sampled_anew(tmp_path: Path, caplog: pytest
         return sampler.asked
 
     assert [step for step, *_ in asyncio.run(run())] == [0, 1]
-    assert "step 0: the checkpoint's batch has 6 samples, not 3 x 4: sampled anew" in caplog.text
+    assert "step 0: the checkpoint's batch is not of this run's prompts and settings: sampled anew" in caplog.text
 
 
 def test_what_sampling_raises_comes_out_where_it_is_waited_for() -> None:
@@ -151,6 +166,8 @@ def test_what_sampling_raises_comes_out_where_it_is_waited_for() -> None:
         ahead.begin(0)
         await asyncio.sleep(0)
         assert ahead.save(Path("nowhere")) == {}
+        with pytest.raises(RuntimeError, match="no engine is left"):
+            ahead.check()
         with pytest.raises(RuntimeError, match="no engine is left"):
             await ahead.take(0)
         await ahead.close()
