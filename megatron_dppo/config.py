@@ -63,6 +63,7 @@ class ModelConfig(Section):
 
     path: Path  # Hugging Face directory: config.json, safetensors, tokenizer
     dtype: DType = "bfloat16"  # of the trained parameters; the optimizer's are float32
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"  # auto: Transformer Engine's where it is installed
 
 
 class ParallelConfig(Section):

@@ -15,6 +15,7 @@ import math
 import socket
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -83,6 +84,15 @@ def _gpus(parallel: ParallelConfig) -> Iterator[str]:
 
     if 0 < (gpus := torch.cuda.device_count()) < parallel.ranks:
         yield f"parallel.ranks: got {parallel.ranks}, expected at most this machine's {gpus} GPUs"
+
+
+def _layers(model: ModelConfig) -> Iterator[str]:
+    if model.layers != "transformer_engine":
+        return
+    import torch
+
+    if not torch.cuda.device_count() or find_spec("transformer_engine") is None:
+        yield "model.layers: got transformer_engine, expected auto or torch: there is none, or no GPU"
 
 
 def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
@@ -377,6 +387,7 @@ RULES = (
     _engine,
     _ranks,
     _gpus,
+    _layers,
     _layout,
     _evaluation,
     _sampling,

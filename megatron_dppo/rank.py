@@ -36,6 +36,7 @@ def load_policy(config: Config, rank: Rank, path: Path | None = None) -> Model:
         head_memory=HeadMemory(config.head.path, config.head.memory_bytes),
         recompute=config.training.recompute,
         expert_bias_rate=config.training.expert_bias_rate,
+        layers=config.model.layers,
     )
 
 

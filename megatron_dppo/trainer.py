@@ -31,7 +31,6 @@ from megatron_dppo.algorithm.objectives import (
 from megatron_dppo.algorithm.reference_kl import kl_coefficient
 from megatron_dppo.backend.checkpoint import load_training, save_training
 from megatron_dppo.backend.device import communication_backend
-from megatron_dppo.backend.layers import transformer_engine_installed
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
@@ -262,7 +261,7 @@ def main(config: Config) -> None:
     model, optimizer = with_optimizer(config, load_policy(config, rank))
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     if rank.rank == 0:
-        layers = "Transformer Engine" if transformer_engine_installed() else "torch"
+        layers = "Transformer Engine" if model.transformer_engine else "torch"
         text = f"{model.device.type} over {communication_backend()}, layers of {layers}, Adam of {adam_package()}"
         control.post(BACKEND_KEY, {"text": text})
     start = start_of(config.resume)

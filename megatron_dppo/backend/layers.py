@@ -1,6 +1,6 @@
 """Layers of our own inside Megatron-core's model, and the layer specs that use them.
 
-With Transformer Engine installed its layer spec is used as Megatron builds it. Without it, Megatron's own
+With Transformer Engine its layer spec is used as Megatron builds it. Without it, Megatron's own
 attention refuses tensor parallelism beyond the key/value heads and its own RMSNorm refuses sequence parallelism; the
 modules below have neither limit. Its spec of multi-latent attention splits the down projections over TP and then loses
 a part of the rotary key's gradient (each rank keeps that of its own heads only): they are whole on every rank here, as
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,20 @@ from torch.nn.attention.bias import causal_lower_right
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.head.rows import to_device
 
+Layers = Literal["auto", "torch", "transformer_engine"]
 LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
 
 
 def transformer_engine_installed() -> bool:
     """True where Transformer Engine can be used: it is importable and there is a GPU."""
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def uses_transformer_engine(layers: Layers) -> bool:
+    """A config's choice, with "auto" decided. Raises ValueError for what cannot be used here."""
+    if layers == "transformer_engine" and not transformer_engine_installed():
+        raise ValueError("model.layers: got transformer_engine, expected auto or torch: it is not installed with a GPU")
+    return layers != "torch" and transformer_engine_installed()
 
 
 @dataclass
@@ -156,12 +164,14 @@ class HiddenStatesOutput(ColumnParallelLinear):
         return input_, None
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's layers: Transformer Engine's where it is installed, else ours.
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool = False
+) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers: Transformer Engine's, or ours.
 
     Raises ValueError for multi-latent attention that Transformer Engine's norms would compute otherwise.
     """
-    if transformer_engine_installed():
+    if transformer_engine:
         if config.multi_latent_attention and config.layernorm_epsilon != LATENT_NORM_EPS:
             raise ValueError(
                 f"rms_norm_eps: got {config.layernorm_epsilon}, expected {LATENT_NORM_EPS} for multi-latent attention "

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from megatron_dppo.architecture import Architecture, Llama3Rope, load_architecture
 from megatron_dppo.backend.device import has_gpu
-from megatron_dppo.backend.layers import HiddenStatesOutput, block_spec, transformer_engine_installed
+from megatron_dppo.backend.layers import HiddenStatesOutput, Layers, block_spec, uses_transformer_engine
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
@@ -56,11 +56,13 @@ def transformer_config(
     sequence_parallel: bool,
     recompute: Recompute = "none",
     expert_bias_rate: float = 0.0,
+    grouped_experts: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss."""
     settings = _latent_settings(arch) if arch.latent else {}
     if arch.is_moe:
-        settings |= _moe_settings(arch, parallel) | {"moe_router_bias_update_rate": expert_bias_rate}
+        settings |= _moe_settings(arch, parallel)
+        settings |= {"moe_router_bias_update_rate": expert_bias_rate, "moe_grouped_gemm": grouped_experts}
     if recompute != "none":
         settings["recompute_granularity"] = recompute
     if recompute == "full":
@@ -139,7 +141,6 @@ def _moe_settings(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": transformer_engine_installed(),
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
@@ -169,7 +170,9 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def build_chunks(arch: Architecture, rank: Rank, config: TransformerConfig) -> tuple[gpt_model.GPTModel, ...]:
+def build_chunks(
+    arch: Architecture, rank: Rank, config: TransformerConfig, *, transformer_engine: bool = False
+) -> tuple[gpt_model.GPTModel, ...]:
     """This rank's chunks of layers (one, unless stages are virtual), their parameters not yet filled.
 
     Raises ValueError where Megatron could not hold the model at this layout (its own messages come as they are).
@@ -177,15 +180,18 @@ def build_chunks(arch: Architecture, rank: Rank, config: TransformerConfig) -> t
     if (arch.is_moe or arch.latent) and rank.parallel.tensor > 1 and not config.sequence_parallel:
         what = "experts" if arch.is_moe else "latent attention"
         raise ValueError(f"parallel.sequence_parallel: got false, expected true ({what} under TP > 1 needs it)")
-    return tuple(_build_chunk(arch, rank, config, chunk) for chunk in range(rank.parallel.virtual))
+    chunks = range(rank.parallel.virtual)
+    return tuple(_build_chunk(arch, rank, config, chunk, transformer_engine) for chunk in chunks)
 
 
-def _build_chunk(arch: Architecture, rank: Rank, config: TransformerConfig, chunk: int) -> gpt_model.GPTModel:
+def _build_chunk(
+    arch: Architecture, rank: Rank, config: TransformerConfig, chunk: int, transformer_engine: bool
+) -> gpt_model.GPTModel:
     has_head = rank.is_last_stage and chunk == rank.parallel.virtual - 1
     vp_stage = chunk if rank.parallel.virtual > 1 else None
     model = gpt_model.GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, vp_stage),
+        transformer_layer_spec=block_spec(config, vp_stage, transformer_engine=transformer_engine),
         vocab_size=padded_vocab_size(arch.vocab_size, rank.parallel.tensor),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=rank.at.pipeline == 0 and chunk == 0,
@@ -273,6 +279,7 @@ class Model:
     device: torch.device
     temperature: float = 1.0
     head_memory: HeadMemory = HeadMemory()
+    transformer_engine: bool = False  # whose layers these are, or ours
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -305,7 +312,8 @@ class Model:
         parallel = self.rank.parallel
 
         def pieces_of(rank: int) -> Iterable[Piece]:
-            return self.pieces if rank == self.rank.rank else layout_of(self.arch, parallel, rank)
+            own = rank == self.rank.rank
+            return self.pieces if own else layout_of(self.arch, parallel, rank, self.transformer_engine)
 
         dtype = self.config.params_dtype
         return Held(self.arch, self.rank.rank, parallel.ranks, self.weights, pieces_of, dtype, self.device)
@@ -315,10 +323,11 @@ class Model:
         return VocabShard(self.rank.at.tensor * weight.shape[0], self.arch.vocab_size, self.rank.tensor_group)
 
 
-def layout_of(arch: Architecture, parallel: Parallel, rank: int) -> Iterator[Piece]:
-    """What a rank holds, by the parameters' names in the layers that this process builds."""
-    fused = transformer_engine_installed()
-    return megatron_layout(arch, parallel, rank, transformer_engine=fused, grouped_experts=fused)
+def layout_of(arch: Architecture, parallel: Parallel, rank: int, transformer_engine: bool) -> Iterator[Piece]:
+    """What a rank holds, by the parameters' names in the layers that are used."""
+    return megatron_layout(
+        arch, parallel, rank, transformer_engine=transformer_engine, grouped_experts=transformer_engine
+    )
 
 
 def load_model(
@@ -331,11 +340,13 @@ def load_model(
     head_memory: HeadMemory = HeadMemory(),
     recompute: Recompute = "none",
     expert_bias_rate: float = 0.0,
+    layers: Layers = "auto",
 ) -> Model:
     """This rank's part of the model in a Hugging Face directory; each rank reads only the rows it holds.
 
     `recompute`: what backward computes again instead of keeping it, the core of attention or whole layers.
-    `expert_bias_rate`: by which a gradient step moves the bias of a router's experts towards an even load.
+    `expert_bias_rate`: by which a gradient step moves the bias of a router's experts towards an even load. `layers`:
+    Transformer Engine's or ours; "auto": the former where it is installed.
 
     What this package does not compute (multi-token prediction) is left out; rank 0 says so. Raises ValueError and
     FileNotFoundError naming what is wrong with the files.
@@ -344,11 +355,12 @@ def load_model(
     if (skipped := check_tensors(files, arch)) and rank.rank == 0:
         message = "%s: %d tensors are left out, %s first: neither trained nor exported"
         logging.getLogger(__name__).warning(message, path, len(skipped), skipped[0])
-    config = transformer_config(arch, rank.parallel, dtype, sequence_parallel, recompute, expert_bias_rate)
-    chunks = build_chunks(arch, rank, config)
-    pieces = tuple(layout_of(arch, rank.parallel, rank.rank))
+    fused = uses_transformer_engine(layers)
+    config = transformer_config(arch, rank.parallel, dtype, sequence_parallel, recompute, expert_bias_rate, fused)
+    chunks = build_chunks(arch, rank, config, transformer_engine=fused)
+    pieces = tuple(layout_of(arch, rank.parallel, rank.rank, fused))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory)
+    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory, fused)
     load_pieces(model.weights, pieces, files)
     files.close()
     return model

@@ -34,7 +34,7 @@ class OptimizerSettings:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
-    offload: bool = False  # main weights and Adam on the CPU
+    offload: bool = False  # Adam on the CPU, of weights on a GPU
 
 
 NO_DECAY = "megatron_dppo_no_decay"  # an attribute of parameters
