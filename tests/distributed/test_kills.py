@@ -111,19 +111,22 @@ def test_killed_runs_end_in_the_same_bits(checkpoint: Path, tmp_path: Path) -> N
     assert train(settings(tmp_path / "whole", checkpoint), checkpoint, None)
     expected = metrics(tmp_path / "whole")
     assert [record["step"] for record in expected] == [*range(STEPS), STEPS]
-    killed = saved = 0
-    run = 0
-    while killed < KILLS:
+    killed = saved = run = 0
+
+    def more() -> bool:
+        """A rank that is killed as a save begins may be too late: a few more, then."""
+        return killed < KILLS or (not saved and killed < KILLS + 5)
+
+    while more():
         run += 1
         broken = settings(tmp_path / f"broken{run}", checkpoint)
-        while killed < KILLS:
-            kind = ("saving", "any")[killed % 2]
-            if train(broken, checkpoint, (kind, chance.uniform(0.0, 1.5))):
-                break
-            killed += 1
-            saved += any((broken.run.dir / "checkpoints").glob("*.tmp"))
-        else:
-            assert train(broken, checkpoint, None)
+        finished = False
+        while not finished:
+            kind = "any" if killed % 2 and killed < KILLS else "saving"
+            finished = train(broken, checkpoint, (kind, chance.uniform(0.0, 1.5)) if more() else None)
+            if not finished:
+                killed += 1
+                saved += any((broken.run.dir / "checkpoints").glob("*.tmp"))
         assert metrics(broken.run.dir) == expected
         kept = complete_checkpoints(broken.run.dir)
         assert [queued_batches(path).keys() for path in kept] == [{STEPS - 1}, {STEPS}]
