@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -150,6 +150,24 @@ class Inbox:
             self._control.post(reply_key(self._number), reply)
 
 
+class Waiter:
+    """Waits for messages beside an event loop: who waits has a connection for itself, and a thread."""
+
+    def __init__(self, address: str) -> None:
+        self._control, self._thread = Control.connect(address), ThreadPoolExecutor(1)
+
+    async def wait(self, key: str, timeout_s: float) -> dict[str, Any]:
+        """`Control.wait`."""
+        return await self._beside(partial(self._control.wait, key, timeout_s))
+
+    async def take(self, key: str, timeout_s: float) -> dict[str, Any]:
+        """`Control.take`."""
+        return await self._beside(partial(self._control.take, key, timeout_s))
+
+    async def _beside(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
 class Orders:
     """The client's orders to the ranks, one at a time, each done by all of them and answered by rank 0.
 
@@ -161,8 +179,7 @@ class Orders:
     def __init__(self, control: Control, timeout_s: float) -> None:
         """`timeout_s`: how long a reply may take."""
         self.control, self.timeout_s = control, timeout_s
-        self._replies = Control.connect(control.address)  # who waits has a connection for itself, and a thread
-        self._waiting = ThreadPoolExecutor(1)
+        self._replies = Waiter(control.address)
         self._turn = asyncio.Lock()
         self._given = 0
         self.version = 0
@@ -176,8 +193,7 @@ class Orders:
 
     async def _do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         async with self._turn:
-            take = partial(self._replies.take, reply_key(self._give(order)), self.timeout_s)
-            reply = await asyncio.get_running_loop().run_in_executor(self._waiting, take)
+            reply = await self._replies.take(reply_key(self._give(order)), self.timeout_s)
             self.version = reply.get("version", self.version)
             return reply
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.optimizer import Optimizer, OptimizerSettings
@@ -69,13 +70,13 @@ def with_optimizer(config: Config, model: Model) -> tuple[Model, Optimizer]:
         dtype=model.config.params_dtype,
         distributed=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        without_decay=[model.parameters[name] for name in parameters_like(model, training.no_weight_decay)],
+        without_decay=parameters_like(model, training.no_weight_decay),
     )
     return replace(model, chunks=optimizer.chunks), optimizer
 
 
-def parameters_like(model: Model, patterns: tuple[str, ...]) -> list[str]:
-    """Names of this rank's parameters whose hub tensors match one of `patterns` (as a shell's).
+def parameters_like(model: Model, patterns: tuple[str, ...]) -> list[Tensor]:
+    """This rank's parameters whose hub tensors match one of `patterns` (as a shell's).
 
     Raises ValueError for a parameter that holds several tensors of which only some match.
     """
@@ -83,7 +84,7 @@ def parameters_like(model: Model, patterns: tuple[str, ...]) -> list[str]:
     for piece in model.pieces:
         tensors.setdefault(piece.param, set()).add(piece.tensor)
     found = []
-    for name in model.parameters:
+    for name, parameter in model.parameters.items():
         matching = {t for t in tensors[name] if any(fnmatchcase(t, pattern) for pattern in patterns)}
         if matching and matching != tensors[name]:
             raise ValueError(
@@ -91,7 +92,7 @@ def parameters_like(model: Model, patterns: tuple[str, ...]) -> list[str]:
                 f"{', '.join(sorted(tensors[name]))}: they are one parameter in training"
             )
         if matching:
-            found.append(name)
+            found.append(parameter)
     return found
 
 

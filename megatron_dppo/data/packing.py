@@ -119,7 +119,7 @@ def plan_step(
             plan.append(_pack(shares, lengths, cost, micro_batch_tokens, micro_batch_multiple))
             continue
         cut = [_cut(sorted(share, key=lambda i: -lengths[i]), lengths, micro_batch_tokens) for share in shares]
-        most = _multiple(max(1, *map(len, cut)), micro_batch_multiple)
+        most = up_to_multiple(max(1, *map(len, cut)), micro_batch_multiple)
         plan.append([_stretch(share, most) for share in cut])
     return plan
 
@@ -171,7 +171,7 @@ def _pack(
     """Every share in the same number of micro-batches: the fewest that the greedy rule needs for all of them."""
     count = max(1, *(-(-int(lengths[list(share)].sum()) // budget) for share in shares))
     while True:
-        count = _multiple(count, multiple)
+        count = up_to_multiple(count, multiple)
         packed = [_even(share, cost, count, lengths, budget) for share in shares]
         if max(map(len, packed)) == count:
             break
@@ -179,8 +179,8 @@ def _pack(
     return [sorted(share, key=lambda micro_batch: -float(cost[micro_batch].sum())) for share in packed]
 
 
-def _multiple(count: int, of: int) -> int:
-    """The least multiple that is not less than `count`."""
+def up_to_multiple(count: Any, of: int) -> Any:
+    """The least multiple that is not less than `count`, a number or an array of them."""
     return -(-count // of) * of
 
 
@@ -225,11 +225,9 @@ def build_micro_batch(
     padding, nothing counted.
     """
     texts = [np.concatenate([s.trajectory.prompt_ids, s.trajectory.response_ids]) for s in samples]
-    lengths = np.array([-(-len(text) // sequence_multiple) * sequence_multiple for text in texts], np.int64)
+    lengths = up_to_multiple(np.array([len(text) for text in texts], np.int64), sequence_multiple)
     width = max(1, int(lengths.sum() if packed else lengths.max(initial=0)))
-    input_ids = np.zeros(
-        (1 if packed else max(len(samples), 1), -(-width // length_multiple) * length_multiple), np.int64
-    )
+    input_ids = np.zeros((1 if packed else max(len(samples), 1), up_to_multiple(width, length_multiple)), np.int64)
     padding = np.ones(input_ids.shape, np.bool_)
     starts = np.cumsum(lengths) - lengths if packed else np.zeros_like(lengths)
     parts = []

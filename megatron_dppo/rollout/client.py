@@ -30,7 +30,7 @@ from megatron_dppo.control import (
     Control,
     Orders,
 )
-from megatron_dppo.data.packing import Plan, imbalance, plan_step
+from megatron_dppo.data.packing import Plan, imbalance, plan_step, up_to_multiple
 from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
@@ -138,9 +138,8 @@ def place_batch(
     """
     lengths = np.array([sample.trajectory.num_tokens for sample in samples])
     cost = lengths.astype(np.float64) if arch is None else forward_flops(arch, lengths)
-    multiple = config.parallel.layout.sequence_multiple
     plan = plan_step(
-        -(-lengths // multiple) * multiple,
+        up_to_multiple(lengths, config.parallel.layout.sequence_multiple),
         groups,
         minibatches=config.training.minibatches,
         replicas=config.parallel.data,

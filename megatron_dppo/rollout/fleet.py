@@ -15,12 +15,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from megatron_dppo.control import Control, Orders, engine_layout_key, meeting_key
+from megatron_dppo.control import Orders, Waiter, engine_layout_key, meeting_key
 from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineError,
@@ -75,8 +73,7 @@ class Fleet:
         self._orders, self._transport = orders, transport
         self._attempts, self._patience_s, self._check = attempts, patience_s, check
         self._fingerprints = fingerprints
-        self._meetings = Control.connect(orders.control.address)  # who waits has a connection for itself, and a thread
-        self._waiting = ThreadPoolExecutor(1)
+        self._meetings = Waiter(orders.control.address)
         self._mending = asyncio.Lock()
         self._losses: Counter[RolloutEngine] = Counter()  # how often each was lost: errors of before are old news
         self._given_up: Exception | None = None
@@ -188,8 +185,7 @@ class Fleet:
             "layout": self._layout,
         }
         sending = asyncio.create_task(self._orders.do(order))
-        meet = partial(self._meetings.wait, meeting_key(self._generation), self._orders.timeout_s)
-        meeting = await asyncio.get_running_loop().run_in_executor(self._waiting, meet)
+        meeting = await self._meetings.wait(meeting_key(self._generation), self._orders.timeout_s)
         own = {"version": self._orders.version, "fingerprints": self._fingerprints}
         updates = {e: GroupUpdate(**{**meeting, **own, "instance": i}) for i, e in enumerate(engines)}
         failures = await self._take_until(updates, sending, meeting["timeout_s"])

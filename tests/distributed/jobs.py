@@ -105,12 +105,16 @@ def policy_gradients(
         optimizer.zero()
         loss_pass(model, mine, coefficient, entropy_gradient=True)
     assert any(during_backward) == overlap_grad_reduce, "the reduction began at another time than asked for"
-    fixed = float32_tensors(model.arch)
+    return boxes(model, lambda parameter: parameter.main_grad)
+
+
+def boxes(model: Model, tensor_of: Callable[[Any], Tensor]) -> dict[str, np.ndarray]:
+    """What is trained, in Hugging Face coordinates: this rank's boxes where it has them first, zeros elsewhere."""
+    fixed, parameters = float32_tensors(model.arch), model.parameters
     image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items() if name not in fixed}
-    trained = [piece for piece in model.pieces if piece.tensor not in fixed]
-    for piece in trained:
-        if piece.replica == 0:
-            image[piece.tensor][piece.hub_index] = model.parameters[piece.param].main_grad[piece.local_index]
+    for piece in model.pieces:
+        if piece.replica == 0 and piece.tensor in image:
+            image[piece.tensor][piece.hub_index] = tensor_of(parameters[piece.param])[piece.local_index]
     return {name: numpy(tensor) for name, tensor in image.items()}
 
 

@@ -15,12 +15,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.config import Config
-from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
-from tests.distributed.jobs import numpy, trainer_of
+from tests.distributed.jobs import boxes, trainer_of
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,13 @@ def proof(rank: Rank, path: Path, config: Config, order: Mapping[str, Any], step
         if not gradients:
             if config.parallel.distributed_optimizer:
                 _gather_shards(trainer.optimizer)
-            gradients.append(_boxes(trainer.model, lambda parameter: parameter.main_grad))
+            gradients.append(boxes(trainer.model, lambda parameter: parameter.main_grad))
         return apply(watch)
 
     with mock.patch.object(trainer.optimizer, "step", step), _margins(trainer.model.chunks) as margins:
         metrics = [trainer._train_step(number, minibatches) for number in range(steps)]
-    weights = _boxes(trainer.model, lambda parameter: parameter.detach())
+    weights = boxes(trainer.model, lambda parameter: parameter.detach())
     return Proof(gradients[0], weights, metrics, len(minibatches[0]), min(margins, default=1.0))
-
-
-def _boxes(model: Model, tensor_of: Any) -> dict[str, np.ndarray]:
-    """In hub coordinates what this rank has first."""
-    fixed = float32_tensors(model.arch)
-    image = {name: torch.zeros(shape) for name, shape in hub_shapes(model.arch).items() if name not in fixed}
-    for piece in model.pieces:
-        if piece.replica == 0 and piece.tensor in image:
-            image[piece.tensor][piece.hub_index] = tensor_of(model.parameters[piece.param])[piece.local_index]
-    return {name: numpy(tensor) for name, tensor in image.items()}
 
 
 def _gather_shards(optimizer: Optimizer) -> None:
