@@ -1,4 +1,5 @@
-"""Ranks killed at random moments, also while they save: training goes on from the last checkpoint to the same bits.
+"""Ranks or the client killed at random moments, also in a save: training goes on from the last checkpoint to the same
+bits.
 
 MDPPO_KILLS says how often (`make test-long`: 20); samples are recorded ones, so that nothing but training is repeated.
 """
@@ -45,6 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(run_dir: Path, checkpoint: Path) -> Config:
     config = config_of(LAYOUT, run_dir, checkpoint)
     fields = config.model_dump(mode="json")
+    fields["training"]["steps"] = STEPS
     fields["checkpoint"] = {"every": 1, "keep": 2}
     fields["logging"] = {"tensorboard": False}
     return Config.model_validate(fields)
@@ -54,8 +56,9 @@ chance = random.Random(0)
 
 
 def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> bool:
-    """Runs ranks from the last checkpoint on, as the launcher and the client do; kills one of them, at its first save
-    after so many seconds or after them. Whether training came to its end."""
+    """Runs ranks from the last checkpoint on, as the launcher and the client do; kills one of them, or all as the
+    launcher does when the client was killed, at the first save after so many seconds or after them. Whether training
+    came to its end."""
     config = with_checkpoint(config.model_copy(update={"resume": "auto"}))
     run_dir, start = config.run.dir, start_of(config.resume)
     shared = run_dir / "shared"
@@ -86,7 +89,9 @@ def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> b
                         kill_at = now + kill[1]
                     saving = any((run_dir / "checkpoints").glob("*.tmp"))
                     if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
-                        os.kill(_process(chance.choice(children).pid), signal.SIGKILL)
+                        victim = chance.choice([*children, None])
+                        if victim is not None:
+                            os.kill(_process(victim.pid), signal.SIGKILL)
                         return False
                     time.sleep(0.002)
         asyncio.run(orders.end({"do": "stop", **empty}))
@@ -107,6 +112,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
 
 
+@pytest.mark.timeout(120 * (KILLS + 2))
 def test_killed_runs_end_in_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
     assert train(settings(tmp_path / "whole", checkpoint), checkpoint, None)
     expected = metrics(tmp_path / "whole")
