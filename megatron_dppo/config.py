@@ -236,6 +236,13 @@ class LossConfig(Section):
     skip_zero_advantage: bool = False  # leave tokens without gradient out of the head, and of the metrics' means
 
 
+class RoutingConfig(Section):
+    """Which experts tokens take in training: those the engine took (R3), those the old policy did, or their own."""
+
+    mode: Literal["off", "rollout", "recompute"] = "off"
+    measure_every: int = Field(0, ge=0)  # steps; also the mismatch without replay, by one more forward pass; 0: never
+
+
 class HeadConfig(Section):
     """How the policy head keeps logits: all of a micro-batch's once (store), or a chunk of tokens at a time."""
 
@@ -310,6 +317,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    routing: RoutingConfig = RoutingConfig()
     head: HeadConfig = HeadConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()

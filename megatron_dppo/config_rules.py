@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ObjectiveConfig,
         ParallelConfig,
         RolloutConfig,
+        RoutingConfig,
         SyncConfig,
         TrainingConfig,
     )
@@ -334,6 +335,17 @@ def _offload(
         yield f"{what} false, or checkpoint.every 0: its state cannot be loaded again yet"
 
 
+def _routing(routing: RoutingConfig, training: TrainingConfig, arch: Architecture) -> Iterator[str]:
+    if routing.mode == "off":
+        if routing.measure_every:
+            yield f"routing.measure_every: got {routing.measure_every}, which routing.mode off does not use"
+        return
+    if not arch.is_moe:
+        yield f"routing.mode: got {routing.mode}, expected off: the model has no experts"
+    if not training.packed:
+        yield f"training.packed: got false, expected true: routing.mode {routing.mode} replays routes of packed samples"
+
+
 def _head(head: HeadConfig, parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
     """A chunk holds at least one token's logits."""
     rows = padded_vocab_size(arch.vocab_size, parallel.tensor) // parallel.tensor
@@ -403,6 +415,7 @@ RULES = (
     _loss,
     _reference,
     _optimizer,
+    _routing,
     _head,
     _objective,
     _top_k,

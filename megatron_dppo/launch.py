@@ -207,6 +207,7 @@ def _start_engine(config: Config, number: int, logs: Path) -> tuple[str, Child]:
         gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY,
         max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
         max_num_seqs=rollout.max_concurrency,
+        routed_experts=config.routing.mode == "rollout",
         extra=["--enable-expert-parallel"] if rollout.expert_parallel else [],
     )
     env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)

@@ -38,6 +38,7 @@ def load_policy(config: Config, rank: Rank, path: Path | None = None) -> Model:
         recompute=config.training.recompute,
         expert_bias_rate=config.training.expert_bias_rate,
         layers=config.model.layers,
+        replay=config.routing.mode != "off",
     )
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dppo.algorithm.divergence import binary_tv
 from megatron_dppo.algorithm.objectives import (
     Objective,
     RolloutTokens,
@@ -34,7 +35,8 @@ from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
-from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
+from megatron_dppo.backend.replay import LayerRoutes, Routes
+from megatron_dppo.backend.step import Sums, as_taken, loss_pass, recorded_routes, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of, reference_kl_of
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
@@ -100,7 +102,8 @@ class Trainer:
     def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
         """This replica's samples as minibatches of micro-batches; this context rank's part of each."""
         rank, loss = self.model.rank, self.config.loss
-        samples = iter(load_batch(Path(order["files"][rank.at.data])))
+        layers = self.model.moe_layers if self.config.routing.mode == "rollout" else None
+        samples = iter(load_batch(Path(order["files"][rank.at.data]), layers or ()))
         build = partial(
             rank_micro_batch,
             layout=rank.parallel,
@@ -109,6 +112,7 @@ class Trainer:
             weights=LossWeights(loss.normaliser, loss.constant or 1),
             packed=self.config.training.packed,
             skip_zero_advantage=loss.skip_zero_advantage,
+            routed_layers=layers,
         )
         return [
             [build([next(samples) for _ in range(size)]) for size in sizes]
@@ -117,7 +121,9 @@ class Trainer:
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
         """One gradient step a minibatch; returns the step's metrics (on every rank)."""
-        known = self._rollout_tokens(minibatches)
+        routes = self._routes(minibatches)
+        known = self._rollout_tokens(minibatches, routes)
+        unreplayed = self._mismatch_without_replay(step, minibatches[0], known[0])
         self.optimizer.advance()
         sums: list[Sums] = []
         norms = []
@@ -128,6 +134,7 @@ class Trainer:
                 minibatch,
                 self._coefficients(known[index]),
                 entropy_gradient=bool(self.config.loss.entropy_coefficient),
+                routes=routes[index],
             )
             try:
                 losses = {f"the loss of micro-batch {i}": result["loss"] for i, result in enumerate(results)}
@@ -140,19 +147,55 @@ class Trainer:
         for name, measured in (("topk_tv", num_recorded_topk(self.config)), ("kl_reference", self.reference)):
             if not measured:
                 del means[name]
-        return means | {
-            "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
-            "mismatch": at_sampling["mean_abs_pi_minus_mu"],
-            "grad_norm": sum(norms) / len(norms),
-            "lr": self.optimizer.lr,
-        }
+        return (
+            means
+            | unreplayed
+            | route_agreement(self.model)
+            | {
+                "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
+                "mismatch": at_sampling["mean_abs_pi_minus_mu"],
+                "grad_norm": sum(norms) / len(norms),
+                "lr": self.optimizer.lr,
+            }
+        )
 
-    def _rollout_tokens(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[RolloutTokens]]:
+    def _routes(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[Routes | None]]:
+        """What routers replay in each micro-batch: what the engine recorded, or what they take now, before the weights
+        move (one pass without gradient)."""
+        if self.config.routing.mode == "rollout":
+            return [[recorded_routes(self.model, batch) for batch in minibatch] for minibatch in minibatches]
+        if self.config.routing.mode == "off":
+            return [[None] * len(minibatch) for minibatch in minibatches]
+        taken: list[list[Routes | None]] = []
+        for minibatch in minibatches:
+            places: list[Routes] = [{layer: LayerRoutes() for layer in self.model.moe_layers} for _ in minibatch]
+            stats_pass(self.model, minibatch, places)
+            taken.append([as_taken(place) for place in places])
+        return taken
+
+    def _mismatch_without_replay(
+        self, step: int, minibatch: Sequence[MicroBatch], tokens: Sequence[RolloutTokens]
+    ) -> dict[str, float]:
+        """Mean |pi - mu| of the first gradient step's tokens if routers chose themselves; where it is due."""
+        every = self.config.routing.measure_every
+        if not every or step % every:
+            return {}
+        total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for stats, rollout in zip(stats_pass(self.model, minibatch), tokens, strict=False):
+            if self.model.rank.reports:
+                total[0] += binary_tv(rollout.logprob, stats.logprob).double().sum()
+                total[1] += len(stats.logprob)
+        dist.all_reduce(total)
+        return {"mismatch_without_replay": float(total[0] / total[1].clamp(min=1))}
+
+    def _rollout_tokens(
+        self, minibatches: Sequence[Sequence[MicroBatch]], routes: Sequence[Sequence[Routes | None]]
+    ) -> list[list[RolloutTokens]]:
         """What is known of each micro-batch's tokens before the weights move: what the engine recorded and, where the
         loss asks for them, the old policy's statistics and the reference's."""
         known = [[_recorded(batch, self.model.device) for batch in minibatch] for minibatch in minibatches]
         if self.objective.anchor == "recomputed":
-            known = _extended(known, self.model, minibatches, _as_anchor)
+            known = _extended(known, self.model, minibatches, _as_anchor, routes)
         if self.reference is not None:
             alone = [[replace(batch, topk_ids=None) for batch in minibatch] for minibatch in minibatches]
             known = _extended(known, self.reference, alone, _as_reference)
@@ -200,13 +243,32 @@ def _extended(
     model: Model,
     minibatches: Sequence[Sequence[MicroBatch]],
     extend: Callable[[RolloutTokens, TokenStats], RolloutTokens],
+    routes: Sequence[Sequence[Routes | None]] | None = None,
 ) -> list[list[RolloutTokens]]:
     """What is known, with a model's statistics; on the ranks of the last stage, where they are."""
     extended = []
-    for tokens, minibatch in zip(known, minibatches, strict=True):
-        found = stats_pass(model, minibatch)
+    for index, (tokens, minibatch) in enumerate(zip(known, minibatches, strict=True)):
+        found = stats_pass(model, minibatch, None if routes is None else routes[index])
         extended.append([*map(extend, tokens, found)] if model.rank.is_last_stage else tokens)
     return extended
+
+
+def route_agreement(model: Model) -> dict[str, float]:
+    """Share of the replayed experts that routers would have taken themselves, in all layers and in each; from now on
+    anew. One all-reduce of two float64 a layer."""
+    if not model.replays and not model.arch.is_moe:
+        return {}
+    total = torch.zeros(2, model.arch.num_layers, dtype=torch.float64, device=model.device)
+    for layer, replay in model.replays.items():
+        if replay.agreed is not None and replay.rows is not None:
+            total[0, layer], total[1, layer] = replay.agreed, replay.rows * model.arch.num_experts_per_tok
+        replay.agreed = replay.rows = None
+    dist.all_reduce(total)
+    agreed, rows = total.tolist()
+    if not sum(rows):
+        return {}
+    of_layers = {f"route_agreement/{i}": a / n for i, (a, n) in enumerate(zip(agreed, rows, strict=True)) if n}
+    return {"route_agreement": sum(agreed) / sum(rows)} | of_layers
 
 
 def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:

@@ -358,9 +358,9 @@ async def _overlap(config: Config, engine: WaitingEngine, run: Path) -> None:
         tokenizer = mock.Mock()
         tokenizer.batch_decode = lambda ids, **_: [""] * len(ids)
         rewards = itertools.cycle([1.0, 0.0])
-        sampler = Sampler(config, fleet, tokenizer, prompts, lambda *_: {"reward": next(rewards)})
-        ahead = Ahead(sampler)
         arch = load_architecture(config.model.path)
+        sampler = Sampler(config, fleet, tokenizer, prompts, lambda *_: {"reward": next(rewards)}, arch)
+        ahead = Ahead(sampler)
         await Client(config, orders, sampler, ahead, arch, shared, ()).run()
         await ahead.close()
         for child in children:

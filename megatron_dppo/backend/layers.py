@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dppo.backend.device import has_gpu
+from megatron_dppo.backend.replay import Routes
 from megatron_dppo.head.rows import to_device
 
 Layers = Literal["auto", "torch", "transformer_engine"]
@@ -49,18 +50,22 @@ def uses_transformer_engine(layers: Layers) -> bool:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with their lengths on the host for `CausalAttention`."""
+    """Megatron's description of packed sequences, with their lengths on the host for `CausalAttention` and the routes
+    that are replayed for `Replay`: every layer gets it, also when it is computed again in backward."""
 
     lengths: list[int] = field(default_factory=list)
+    routes: Routes | None = None  # what each router is to take, where anything is replayed
 
     @classmethod
-    def of(cls, cu_seqlens: npt.NDArray[np.int32], device: torch.device) -> PackedSequences:
+    def of(
+        cls, cu_seqlens: npt.NDArray[np.int32], device: torch.device, routes: Routes | None = None
+    ) -> PackedSequences:
         """`cu_seqlens i32[n + 1]`: where each of n sequences begins, and the last one ends."""
         lengths = np.diff(cu_seqlens).tolist()
         ends, longest = to_device(cu_seqlens, device), max(lengths)
         return cls(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest,
-            lengths=lengths,
+            lengths=lengths, routes=routes,
         )  # fmt: skip
 
 

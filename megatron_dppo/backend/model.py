@@ -6,8 +6,8 @@ The model ends at the hidden states before the output layer (see `layers.HiddenS
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from megatron_dppo.architecture import Architecture, Llama3Rope, load_architectu
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.layers import HiddenStatesOutput, Layers, block_spec, uses_transformer_engine
 from megatron_dppo.backend.parallel import Rank
+from megatron_dppo.backend.replay import Replay, install_replay
 from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.head.statistics import VocabShard
@@ -280,6 +281,7 @@ class Model:
     temperature: float = 1.0
     head_memory: HeadMemory = HeadMemory()
     transformer_engine: bool = False  # whose layers these are, or ours
+    replays: Mapping[int, Replay] = field(default_factory=dict)  # of routers that can replay, by layer
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -305,6 +307,13 @@ class Model:
         if last.share_embeddings_and_output_weights:
             return last.shared_embedding_or_output_weight()
         return last.output_layer.weight
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers in the model of this rank's layers with experts."""
+        parallel, stage = self.rank.parallel, self.rank.at.pipeline
+        chunks = (chunk_layers(self.arch.num_layers, parallel, stage, chunk) for chunk in range(parallel.virtual))
+        return tuple(layer for chunk in chunks for layer in chunk if self.arch.moe_layers[layer])
 
     @property
     def held(self) -> Held:
@@ -341,12 +350,13 @@ def load_model(
     recompute: Recompute = "none",
     expert_bias_rate: float = 0.0,
     layers: Layers = "auto",
+    replay: bool = False,
 ) -> Model:
     """This rank's part of the model in a Hugging Face directory; each rank reads only the rows it holds.
 
     `recompute`: what backward computes again instead of keeping it, the core of attention or whole layers.
     `expert_bias_rate`: by which a gradient step moves the bias of a router's experts towards an even load. `layers`:
-    Transformer Engine's or ours; "auto": the former where it is installed.
+    Transformer Engine's or ours; "auto": the former where it is installed. `replay`: routers can take recorded routes.
 
     What this package does not compute (multi-token prediction) is left out; rank 0 says so. Raises ValueError and
     FileNotFoundError naming what is wrong with the files.
@@ -360,7 +370,8 @@ def load_model(
     chunks = build_chunks(arch, rank, config, transformer_engine=fused)
     pieces = tuple(layout_of(arch, rank.parallel, rank.rank, fused))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory, fused)
+    replays = install_replay(chunks) if replay else {}
+    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory, fused, replays)
     load_pieces(model.weights, pieces, files)
     files.close()
     return model

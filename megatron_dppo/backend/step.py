@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.layers import PackedSequences
 from megatron_dppo.backend.model import Model, unwrapped
+from megatron_dppo.backend.replay import LayerRoutes, Routes
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
@@ -28,13 +29,15 @@ def loss_pass(
     coefficient_fn: MicroCoefficientFn,
     *,
     entropy_gradient: bool = False,
+    routes: Sequence[Routes | None] | None = None,
 ) -> list[Sums]:
     """Forward and backward over the micro-batches; gradients end up summed over replicas and divided.
 
     The loss of a micro-batch is -sum_t weight_t (c_logprob_t log pi(y_t) + c_entropy_t H_t); the sum over all
     micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). `coefficient_fn` may
     return c_entropy only with `entropy_gradient`, and sees a micro-batch in one range or several. Returns one dict
-    of sums a micro-batch on the ranks of the last stage, nothing elsewhere. Collectives: Megatron's and the head's.
+    of sums a micro-batch on the ranks of the last stage, nothing elsewhere. `routes`: of each micro-batch, what the
+    routers of this rank replay. Collectives: Megatron's and the head's.
     """
 
     def lose(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Sums]:
@@ -59,12 +62,15 @@ def loss_pass(
         skipped = torch.full((), batch.skipped, device=model.device)
         return loss, count, sums | {"loss": loss.detach(), "count": count.detach().clone(), "skipped": skipped}
 
-    return _run(model, micro_batches, lose, forward_only=False)
+    return _run(model, micro_batches, lose, routes, forward_only=False)
 
 
-def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenStats]:
+def stats_pass(
+    model: Model, micro_batches: Sequence[MicroBatch], routes: Sequence[Routes | None] | None = None
+) -> list[TokenStats]:
     """Statistics of every counted token under the current weights, without gradient: one a micro-batch on the
-    ranks of the last stage, nothing elsewhere. Collectives: Megatron's and the head's."""
+    ranks of the last stage, nothing elsewhere. `routes` as in `loss_pass`, or places for what routers take themselves.
+    Collectives: Megatron's and the head's."""
 
     def measure(_: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         weight = model.head_weight
@@ -77,17 +83,50 @@ def stats_pass(model: Model, micro_batches: Sequence[MicroBatch]) -> list[TokenS
         return zero, zero.int(), stats
 
     with torch.no_grad():  # Megatron's forward_only alone would keep every activation
-        return _run(model, micro_batches, measure, forward_only=True)
+        return _run(model, micro_batches, measure, routes, forward_only=True)
 
 
-def _run(model: Model, micro_batches: Sequence[MicroBatch], last_stage: Callable, *, forward_only: bool) -> list:
+def recorded_routes(model: Model, batch: MicroBatch) -> Routes:
+    """What a packed micro-batch's samples were recorded with, for the tokens and the MoE layers of this rank."""
+    assert batch.routes is not None and batch.routes_valid is not None
+    valid = _own_tokens(to_device(batch.routes_valid, model.device), model)
+    experts = _own_tokens(to_device(batch.routes, model.device), model)
+    return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(model.moe_layers)}
+
+
+def as_taken(routes: Routes) -> Routes:
+    """What routers left in places for it, to be replayed."""
+    taken = {}
+    for layer, found in routes.items():
+        assert found.native is not None
+        taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
+    return taken
+
+
+def _own_tokens(of_context_rank: Tensor, model: Model) -> Tensor:
+    """The part of [S, ...] that is this rank's under sequence parallelism."""
+    if not model.config.sequence_parallel:
+        return of_context_rank
+    return of_context_rank.chunk(model.rank.parallel.tensor)[model.rank.at.tensor]
+
+
+def _run(
+    model: Model,
+    micro_batches: Sequence[MicroBatch],
+    last_stage: Callable,
+    routes: Sequence[Routes | None] | None,
+    *,
+    forward_only: bool,
+) -> list:
     """Megatron's schedule (none, 1F1B or interleaved 1F1B over pipeline stages), `last_stage` as its loss function."""
 
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         index, batch = next(batches)
         input_ids = to_device(batch.input_ids, model.device)
         positions = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)  # rope has its own
-        packed = None if batch.cu_seqlens is None else PackedSequences.of(batch.cu_seqlens, model.device)
+        replayed = None if routes is None else routes[index]
+        assert replayed is None or batch.cu_seqlens is not None, "routes are replayed for packed sequences"
+        packed = None if batch.cu_seqlens is None else PackedSequences.of(batch.cu_seqlens, model.device, replayed)
         padding = _padding(batch, model, chunk) if counts_experts else None
         output = chunk(input_ids, positions, attention_mask=None, packed_seq_params=packed, padding_mask=padding)
         return output, lambda hidden: last_stage(index, batch, hidden)

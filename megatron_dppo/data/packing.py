@@ -36,7 +36,9 @@ class MicroBatch:
     `target i64[T]`; `advantage f32[T]`; `mu_logprob f32[T]`; `topk_ids i64[T, K]` and `mu_topk_logprob
     f32[T, K + 1]` (last column: the target) or None; `weight f32[T]`, its share in the loss. `count`: what this
     micro-batch adds to the loss's divisor. `skipped`: counted tokens left out, for they have no gradient. `padding`:
-    where `input_ids` has no token.
+    where `input_ids` has no token. Of packed samples with recorded routes, for the MoE layers that were asked for:
+    `routes [S, L, k]`, the experts of each position's token, and `routes_valid bool[S]`, False on padding and wherever
+    the engine recorded nothing (the last token of a sample).
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -48,6 +50,8 @@ class MicroBatch:
     count: int
     padding: npt.NDArray[np.bool_]
     skipped: int = 0
+    routes: npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | None = None
+    routes_valid: npt.NDArray[np.bool_] | None = None
     cu_seqlens: npt.NDArray[np.int32] | None = None
     topk_ids: npt.NDArray[np.int64] | None = None
     mu_topk_logprob: npt.NDArray[np.float32] | None = None
@@ -216,13 +220,16 @@ def build_micro_batch(
     length_multiple: int = 1,
     sequence_multiple: int = 1,
     skip_zero_advantage: bool = False,
+    routed_layers: Sequence[int] | None = None,
 ) -> MicroBatch:
     """Packs `samples` into one row, or pads them to one length; a multiple of `length_multiple` (TP under sequence
     parallelism). Each packed sequence is padded to a multiple of `sequence_multiple` (2 x CP).
 
     `num_topk`: K of the objective's Top-K; 0 leaves it out. `skip_zero_advantage` leaves out tokens whose coefficient
-    is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. With no samples:
-    padding, nothing counted.
+    is 0 whatever the policy; the loss's divisor still counts them, so the gradient is the same. `routed_layers`: those
+    of which recorded routes are wanted, by number in the model. With no samples: padding, nothing counted.
+
+    Raises ValueError for a sample without routes of such a layer.
     """
     texts = [np.concatenate([s.trajectory.prompt_ids, s.trajectory.response_ids]) for s in samples]
     lengths = up_to_multiple(np.array([len(text) for text in texts], np.int64), sequence_multiple)
@@ -253,7 +260,30 @@ def build_micro_batch(
         cu_seqlens=np.array([*(starts if samples else [0]), input_ids.shape[1]], np.int32) if packed else None,
         topk_ids=joined("topk_ids", np.int64, num_topk) if num_topk else None,
         mu_topk_logprob=joined("mu_topk_logprob", np.float32, num_topk + 1) if num_topk else None,
+        **({} if routed_layers is None else _routes_of(samples, starts, input_ids.shape[1], routed_layers)),
     )
+
+
+def _routes_of(
+    samples: Sequence[Scored], starts: npt.NDArray[np.int64], width: int, layers: Sequence[int]
+) -> dict[str, Any]:
+    """Of `width` packed positions; uint16 where any sample's are."""
+    trajectories = [sample.trajectory for sample in samples]
+    recorded = [t.routed_experts for t in trajectories if t.routed_experts is not None]
+    topk = recorded[0].shape[2] if recorded else 1
+    dtype = np.result_type(np.uint8, *recorded)
+    routes, valid = np.zeros((width, len(layers), topk), dtype), np.zeros(width, np.bool_)
+    for t, start in zip(trajectories, starts.tolist(), strict=True):
+        if t.routed_experts is None or t.routes_valid is None or t.moe_layers is None:
+            raise ValueError(f"sample {t.sample_id}: got no routes, expected those that routing.mode rollout replays")
+        places = np.searchsorted(t.moe_layers, layers)
+        if len(layers) and (places.max() >= len(t.moe_layers) or (t.moe_layers[places] != layers).any()):
+            raise ValueError(
+                f"sample {t.sample_id}: got routes of layers {t.moe_layers.tolist()}, expected all of {list(layers)}"
+            )
+        stop = start + len(t.routes_valid)
+        routes[start:stop], valid[start:stop] = t.routed_experts[:, places], t.routes_valid
+    return {"routes": routes, "routes_valid": valid}
 
 
 def rank_micro_batch(
@@ -294,6 +324,8 @@ def context_share(batch: MicroBatch, context: int, rank: int) -> MicroBatch:
         **tokens,
         input_ids=batch.input_ids[:, positions],
         padding=batch.padding[:, positions],
+        routes=None if batch.routes is None else batch.routes[positions],
+        routes_valid=None if batch.routes_valid is None else batch.routes_valid[positions],
         row=place[batch.row[mine]],
         count=batch.count if rank == 0 else 0,
         skipped=batch.skipped if rank == 0 else 0,

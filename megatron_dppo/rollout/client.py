@@ -182,6 +182,11 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if found.max_model_len < longest:
         faults.append(f"a context of {found.max_model_len}, expected at least prompt + response = {longest}")
+    moe_layers = tuple(layer for layer, is_moe in enumerate(arch.moe_layers) if is_moe)
+    if config.routing.mode == "rollout" and not found.routed_experts:
+        faults.append("no recorded routes, expected them for routing.mode rollout (--enable-return-routed-experts)")
+    elif config.routing.mode == "rollout" and found.moe_layers != moe_layers:
+        faults.append(f"routes of layers {found.moe_layers}, expected the model's {moe_layers}")
     if found.max_logprobs < (needed := num_recorded_topk(config) + 1):
         faults.append(f"at most {found.max_logprobs} log-probs, expected {needed} (--max-logprobs)")
     if faults:
@@ -251,7 +256,8 @@ async def main(config: Config) -> None:
             taken[f"held out, {data.eval}"] = held_out.describe()
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         fleet = fleet_of(config, engines, orders)
-        sampler = Sampler(config, fleet, tokenizer, train.prompts, reward)
+        arch = load_architecture(config.model.path)
+        sampler = Sampler(config, fleet, tokenizer, train.prompts, reward, arch)
         ahead = Ahead(sampler)
         if config.resume != "never":
             ahead.restore(queued_batches(Path(config.resume)))
@@ -260,7 +266,7 @@ async def main(config: Config) -> None:
             orders=orders,
             sampler=sampler,
             ahead=ahead,
-            arch=load_architecture(config.model.path),
+            arch=arch,
             shared=Path(os.environ[SHARED_VARIABLE]),
             held_out=held_out.prompts if held_out else (),
             start=start_of(config.resume),

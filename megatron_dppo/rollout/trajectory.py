@@ -11,7 +11,7 @@ routed to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from megatron_dppo.files import replacing
 
@@ -27,7 +28,8 @@ Array = npt.NDArray[Any]
 
 FINISH_REASONS = ("stop", "length", "abort")
 LOGPROB_CEILING = 1e-4  # a log-prob is at most 0; engines round
-FORMAT_VERSION = 1  # of the columns of `to_columns`
+ROUTES_OF_LAYER = "routes.of_layer."
+FORMAT_VERSION = 2  # of the columns of `to_columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +243,16 @@ def save_batch(path: Path, batch: Sequence[Scored]) -> None:
         save_file(to_columns(batch), beside)
 
 
-def load_batch(path: Path) -> list[Scored]:
-    """Read what `save_batch` wrote. Raises FileNotFoundError, or ValueError on another format."""
-    return from_columns(load_file(path))
+def load_batch(path: Path, routed_layers: Collection[int] | None = None) -> list[Scored]:
+    """Read what `save_batch` wrote; of recorded routes, those of some layers only, which is all that is read of them.
+
+    Raises FileNotFoundError, or ValueError on another format.
+    """
+    wanted = None if routed_layers is None else {_layer_column(layer) for layer in routed_layers}
+    with safe_open(path, "np") as file:
+        every = file.keys()  # a method of the file, which is no dict
+        names = [name for name in every if wanted is None or name in wanted or not name.startswith(ROUTES_OF_LAYER)]
+        return from_columns({name: file.get_tensor(name) for name in names})
 
 
 def _concat(arrays: Sequence[Array], dtype: str) -> Array:
@@ -268,36 +277,47 @@ def _split_strings(columns: Mapping[str, Array], name: str) -> list[str]:
     return [part.tobytes().decode() for part in parts]
 
 
+def _layer_column(layer: int) -> str:
+    return f"{ROUTES_OF_LAYER}{layer}"
+
+
 def _route_columns(ts: Sequence[Trajectory]) -> dict[str, Array]:
-    """Routes as bytes, since a batch may mix uint8 with uint16; width 0 marks a trajectory without routes."""
-    experts = [t.routed_experts for t in ts if t.routed_experts is not None]
-    valid = [t.routes_valid for t in ts if t.routes_valid is not None]
-    layers = [t.moe_layers for t in ts if t.moe_layers is not None]
+    """Routes layer by layer, so that a rank can read those of its own; width 0 marks a trajectory without routes."""
+    routed = [t for t in ts if t.routed_experts is not None]
     shape = [
         (0, 0, 0) if t.routed_experts is None else (t.routed_experts.itemsize, *t.routed_experts.shape[1:]) for t in ts
     ]
-    return {
+    columns = {
         "routes.shape": np.array(shape, np.int64).reshape(len(ts), 3),  # bytes an id, L, k
-        "routes.bytes": _concat([np.ascontiguousarray(ids).view(np.uint8) for ids in experts], "u1"),
-        "routes.valid": _concat(valid, "?"),
-        "routes.layers": _concat(layers, "i4"),
+        "routes.valid": _concat([t.routes_valid for t in routed], "?"),
+        "routes.layers": _concat([t.moe_layers for t in routed], "i4"),
     }
+    of_layers: dict[int, list[Array]] = {}
+    for t in routed:
+        for place, layer in enumerate(t.moe_layers.tolist()):
+            of_layers.setdefault(layer, []).append(t.routed_experts[:, place])
+    # Where uint8 meets uint16 a column is uint16; each trajectory gets its own back.
+    return columns | {_layer_column(layer): _concat(of_layers[layer], "u1") for layer in sorted(of_layers)}
 
 
 def _split_routes(columns: Mapping[str, Array], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Of the layers whose columns are there."""
     shape = columns["routes.shape"].tolist()
-    num_bytes = [(n * width * L * k,) for n, (width, L, k) in zip(rows, shape, strict=True)]
-    data = _split(columns["routes.bytes"], num_bytes)
     valid = _split(
         columns["routes.valid"], [(n if width else 0,) for n, (width, _, _) in zip(rows, shape, strict=True)]
     )
     layers = _split(columns["routes.layers"], [(L,) for _, L, _ in shape])
+    read: dict[int, int] = {}  # of each layer's column
     routes: list[dict[str, Any]] = []
-    for i, (width, L, k) in enumerate(shape):
+    for i, (width, _, k) in enumerate(shape):
         if width == 0:
             routes.append({})
             continue
-        # A copy where the slice is not aligned to the id's size (uint16 after an odd number of bytes).
-        ids = np.frombuffer(data[i].tobytes(), f"u{width}") if width > 1 else data[i]
-        routes.append({"routed_experts": ids.reshape(rows[i], L, k), "routes_valid": valid[i], "moe_layers": layers[i]})
+        here = [layer for layer in layers[i].tolist() if _layer_column(layer) in columns]
+        experts = np.empty((rows[i], len(here), k), f"u{width}")
+        for place, layer in enumerate(here):
+            start = read.get(layer, 0)
+            read[layer] = start + rows[i] * k
+            experts[:, place] = columns[_layer_column(layer)][start : read[layer]].reshape(rows[i], k)
+        routes.append({"routed_experts": experts, "routes_valid": valid[i], "moe_layers": np.array(here, np.int32)})
     return routes

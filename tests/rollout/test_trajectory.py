@@ -140,10 +140,31 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_only_the_routes_that_are_wanted_are_read(tmp_path: Path) -> None:
+    """Of layers 2, 5 and 9 of some samples; what a layer's column has is found whoever else has the layer."""
+    layers = np.array([2, 5, 9], np.int32)
+    batch = [
+        scored(make(routes="uint8", seed=1, moe_layers=layers)),
+        scored(make(seed=2)),
+        scored(make(P=1, R=9, routes="uint16", seed=3, moe_layers=layers)),
+    ]
+    save_batch(tmp_path / "batch", batch)
+    for wanted, places in (((5,), [1]), ((9, 2, 7), [0, 2]), ((), [])):
+        for before, after in zip(batch, load_batch(tmp_path / "batch", wanted), strict=True):
+            if before.trajectory.routed_experts is None:
+                assert after.trajectory.routed_experts is None
+                continue
+            expected = before.trajectory.routed_experts[:, places]
+            assert after.trajectory.routed_experts.dtype == expected.dtype
+            np.testing.assert_array_equal(after.trajectory.routed_experts, expected)
+            np.testing.assert_array_equal(after.trajectory.moe_layers, layers[places])
+            np.testing.assert_array_equal(after.trajectory.routes_valid, before.trajectory.routes_valid)
+
+
 def test_another_format_is_refused() -> None:
     columns = to_columns(BATCHES["one"])
     columns["format_version"] = np.array([99], np.int32)
-    with pytest.raises(ValueError, match=r"format \[99\], expected \[1\]"):
+    with pytest.raises(ValueError, match=r"format \[99\], expected \[2\]"):
         from_columns(columns)
 
 

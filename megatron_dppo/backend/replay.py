@@ -1,0 +1,108 @@
+"""Router replay: each MoE layer takes the experts that were recorded for its tokens, with scores of its own.
+
+Megatron's routers ask `router_replay.get_replay_topk` for their top-k. Ours is handed its rows by the layer's forward,
+from the description of the very micro-batch that the layer computes: so every schedule has the right rows, and a layer
+that is computed again in backward has them too. Nothing depends on the order in which layers are built or called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+
+@dataclass
+class LayerRoutes:
+    """Of the tokens of one micro-batch on this rank, in the model's order, and one layer.
+
+    `experts` u8|u16|i64[T, k], `valid` bool[T]: where False the router chooses itself. `experts` None: it does
+    everywhere, and leaves in `native` i16[T, k] what it took.
+    """
+
+    experts: Tensor | None = None
+    valid: Tensor | None = None
+    native: Tensor | None = None
+
+
+Routes = Mapping[int, LayerRoutes]  # by the layer's number in the model, from 0
+
+
+@dataclass
+class Replay:
+    """What one router asks for its top-k. `agreed` and `rows` add up over passes with gradient: experts that it would
+    have taken itself, and valid rows."""
+
+    layer: int
+    current: LayerRoutes | None = None
+    agreed: Tensor | None = field(default=None)
+    rows: Tensor | None = field(default=None)
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores f[T, E] -> those of the experts that are taken [T, k], which the gradient flows through, and ids."""
+        assert default_compute_topk is not None
+        own_scores, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.current is None:
+            return own_scores, own
+        if self.current.experts is None or self.current.valid is None:
+            self.current.native = own.to(torch.int16)
+            return own_scores, own
+        experts, valid = self.current.experts.long(), self.current.valid
+        chosen = torch.where(valid[:, None], experts, own)
+        if torch.is_grad_enabled():
+            self._count(chosen, own, valid)
+        return scores.gather(1, chosen), chosen
+
+    @torch.no_grad()
+    def _count(self, chosen: Tensor, own: Tensor, valid: Tensor) -> None:
+        same = ((chosen[:, :, None] == own[:, None, :]).any(-1) & valid[:, None]).sum(dtype=torch.float64)
+        rows = valid.sum(dtype=torch.float64)
+        self.agreed = same if self.agreed is None else self.agreed + same
+        self.rows = rows if self.rows is None else self.rows + rows
+
+
+def install_replay(chunks: Sequence[nn.Module]) -> dict[int, Replay]:
+    """Gives every MoE layer of these chunks a `Replay`; returns them by the layer's number in the model, from 0.
+
+    Layers of multi-token prediction are none of the decoder's and stay as they are. Raises ValueError for routers whose
+    top-k Megatron does not ask for.
+    """
+    found: dict[int, Replay] = {}
+    for layer, router in _routers(chunks):
+        config = router.config
+        if config.moe_router_fusion:
+            raise ValueError("routing.mode: got a fused router top-k, expected moe_router_fusion off to replay routes")
+        if router.routing_type == "sinkhorn":
+            raise ValueError("routing.mode: got sinkhorn routing, expected top-k to replay routes")
+        number = layer.layer_number - 1
+        assert number not in found, f"two layers are number {number}"
+        found[number] = router.router_replay = Replay(number)
+        layer.register_forward_pre_hook(partial(_hand_over, found[number]), with_kwargs=True)
+    return found
+
+
+def _routers(chunks: Sequence[nn.Module]) -> Iterator[tuple[TransformerLayer, TopKRouter]]:
+    for chunk in chunks:
+        for name, layer in chunk.named_modules():
+            if isinstance(layer, TransformerLayer) and "mtp" not in name.split("."):
+                router = getattr(layer.mlp, "router", None)
+                if isinstance(router, TopKRouter):
+                    yield layer, router
+
+
+def _hand_over(replay: Replay, _: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+    routes = getattr(named.get("packed_seq_params"), "routes", None)
+    replay.current = None if routes is None else routes.get(replay.layer)

@@ -1,0 +1,119 @@
+"""Router replay: a model that is forced to take other experts equals transformers forced to take the same.
+
+Routes here are random: nothing that a router would choose, so that a row too many or too few shows at once. That every
+layout replays alike: test_layouts.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dppo.rollout.client import place_batch
+from megatron_dppo.rollout.trajectory import Scored, load_batch, save_batch
+from megatron_dppo.weights.layout import Parallel
+from tests.distributed.proof import proof
+from tests.distributed.rank_pool import RankPool
+from tests.distributed.test_gradients import _hub
+from tests.distributed.test_layouts import MODELS, Case, config, with_routes
+from tests.distributed.test_trainer import samples
+from tests.tiny_models import read_checkpoint, tiny_model, write_checkpoint
+
+OBJECTIVE = {"name": "pg_is"}  # a coefficient of pi / mu A
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, seed = MODELS["moe"]
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "model", tiny_model(model, seed=seed))
+
+
+def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of transformers' model whose routers take the recorded experts."""
+    model = read_checkpoint(path)
+    wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def take(layer: int, gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+        own = logits.topk(gate.top_k, -1).indices
+        experts, valid = (torch.from_numpy(x) for x in wanted[layer])
+        ids = own.clone()
+        ids[: len(experts)] = torch.where(valid[:, None], experts.long(), own[: len(experts)])
+        return logits, torch.softmax(logits.gather(1, ids), -1), ids
+
+    for number, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts"):
+            gate = layer.mlp.gate
+            gate.forward = lambda hidden, number=number, gate=gate: take(number, gate, hidden)
+    loss, count = torch.zeros(()), 0
+    for sample in scored:
+        t = sample.trajectory
+        assert t.routed_experts is not None and t.routes_valid is not None and t.moe_layers is not None
+        for place, layer in enumerate(t.moe_layers.tolist()):
+            wanted[layer] = (t.routed_experts[:, place].copy(), t.routes_valid.copy())
+        ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids])).long()
+        log_p = torch.log_softmax(model(ids[None]).logits[0, len(t.prompt_ids) - 1 : -1], -1)
+        chosen = log_p.gather(1, ids[len(t.prompt_ids) :, None])[:, 0]
+        ratio = (chosen - torch.from_numpy(t.rollout_logprobs.copy())).detach().exp()
+        counted = torch.from_numpy(t.loss_mask.copy())
+        loss = loss - (ratio * torch.from_numpy(sample.advantage.copy()) * chosen)[counted].sum()
+        count += int(counted.sum())
+    loss = loss / count
+    loss.backward()
+    gradients = {hub: g for name, p in model.named_parameters() for hub, g in _hub(name, p.grad.numpy())}
+    return float(loss.detach()), gradients
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_forced_experts_equal_transformers(ranks: RankPool, checkpoint: Path, tmp_path: Path, recompute: str) -> None:
+    batch, groups = samples(checkpoint)
+    scored = with_routes(load_batch(batch))
+    case = Case(Parallel(), optimizer="sgd", distributed=False, recompute=recompute, replay=True)
+    settings = config(case, checkpoint, objective=OBJECTIVE)
+    order = place_batch(tmp_path, 0, scored, groups, settings)
+    (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+    loss, gradients = forced(checkpoint, scored)
+    assert found.metrics[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, value in gradients.items():
+        error = np.linalg.norm(found.gradients[name] - value) / np.linalg.norm(value)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    assert found.metrics[0]["route_agreement"] < 0.5  # 2 of 8 experts, by chance 0.25
+    assert {f"route_agreement/{layer}" for layer in (0, 2, 3)} <= found.metrics[0].keys()
+
+
+def test_samples_without_routes_are_refused(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    batch, groups = samples(checkpoint)
+    settings = config(Case(Parallel(), distributed=False, replay=True), checkpoint)
+    scored = load_batch(batch)
+    order = place_batch(tmp_path, 0, scored, groups, settings)
+    with pytest.raises(RuntimeError, match="got no routes, expected those that routing.mode rollout replays"):
+        ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+    routed = with_routes(scored)
+    t = routed[0].trajectory
+    assert t.routed_experts is not None and t.moe_layers is not None
+    fewer = replace(t, routed_experts=t.routed_experts[:, :2], moe_layers=t.moe_layers[:2])
+    save_batch(Path(order["files"][0]), [replace(sample, trajectory=fewer) for sample in routed])
+    with pytest.raises(RuntimeError, match=r"got routes of layers \[0, 2\], expected all of \[0, 2, 3\]"):
+        ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tensor=2, expert=2, pipeline=2, ranks=4)], ids=str)
+def test_the_old_policys_own_routes_change_nothing_at_first(
+    ranks: RankPool, checkpoint: Path, tmp_path: Path, parallel: Parallel
+) -> None:
+    """R2: in the first step they are what routers take; and all agree with themselves."""
+    batch, groups = samples(checkpoint)
+    found = {}
+    for mode in ("off", "recompute"):
+        settings = config(Case(parallel, distributed=False), checkpoint, routing={"mode": mode})
+        order = place_batch(tmp_path, 0, load_batch(batch), groups, settings)
+        found[mode] = ranks.run(proof, parallel, checkpoint, settings, order, 1, tmp_path)[0]
+    for name, value in found["off"].gradients.items():
+        np.testing.assert_array_equal(found["recompute"].gradients[name], value)
+    assert found["recompute"].metrics[0]["route_agreement"] == 1
+    assert "route_agreement" not in found["off"].metrics[0]
