@@ -228,6 +228,25 @@ def test_rollouts_ahead_of_training(recipe: Path) -> None:
     assert all(record["staleness_max"] <= 1 for record in records[:-1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_of_the_engine_are_replayed(recipe: Path, dtype: str) -> None:
+    """In fp32 the trainer's routers agree with the engine's anyway; in bf16 they do not, and replay brings both nearer."""
+    replay = ["routing.mode=rollout", "routing.measure_every=1", "rollout.max_response_tokens=40"]
+    sizes = ["training.micro_batch_tokens=256", f"model.dtype={dtype}", f"rollout.dtype={dtype}"]
+    job = command(recipe, *replay, *sizes)
+    output, _ = job.communicate(timeout=DEADLINE_S)
+    assert job.returncode == 0, output
+    run = recipe.parent / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][:2]
+    for record in records:
+        assert {"route_agreement/0", "route_agreement/1"} <= record.keys()
+        if dtype == "float32":
+            assert record["route_agreement"] > 0.999 and record["mismatch"] < 1e-5
+        else:
+            assert 0.9 < record["route_agreement"] < 1
+            assert record["mismatch"] < record["mismatch_without_replay"]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server that runs already, and the model it was started with."""
