@@ -230,7 +230,7 @@ def test_rollouts_ahead_of_training(recipe: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_of_the_engine_are_replayed(recipe: Path, dtype: str) -> None:
-    """In fp32 the trainer's routers agree with the engine's anyway; in bf16 they do not, and replay brings both nearer."""
+    """In fp32 the routers of both agree anyway; in bf16 they do not, and replay brings their policies nearer."""
     replay = ["routing.mode=rollout", "routing.measure_every=1", "rollout.max_response_tokens=40"]
     sizes = ["training.micro_batch_tokens=256", f"model.dtype={dtype}", f"rollout.dtype={dtype}"]
     job = command(recipe, *replay, *sizes)
