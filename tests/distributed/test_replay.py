@@ -36,6 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients of transformers' model whose routers take the recorded experts."""
     model = read_checkpoint(path)
+    model.model.embed_tokens.padding_idx = None  # of which transformers keeps no gradient
     wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def take(layer: int, gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
