@@ -94,13 +94,16 @@ def test_samples_without_routes_are_refused(ranks: RankPool, checkpoint: Path, t
     order = place_batch(tmp_path, 0, scored, groups, settings)
     with pytest.raises(RuntimeError, match="got no routes, expected those that routing.mode rollout replays"):
         ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
-    routed = with_routes(scored)
-    t = routed[0].trajectory
-    assert t.routed_experts is not None and t.moe_layers is not None
-    fewer = replace(t, routed_experts=t.routed_experts[:, :2], moe_layers=t.moe_layers[:2])
-    save_batch(Path(order["files"][0]), [replace(sample, trajectory=fewer) for sample in routed])
+    save_batch(Path(order["files"][0]), [_without_last_layer(sample) for sample in with_routes(scored)])
     with pytest.raises(RuntimeError, match=r"got routes of layers \[0, 2\], expected all of \[0, 2, 3\]"):
         ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+
+
+def _without_last_layer(sample: Scored) -> Scored:
+    t = sample.trajectory
+    assert t.routed_experts is not None and t.moe_layers is not None
+    fewer = replace(t, routed_experts=t.routed_experts[:, :2], moe_layers=t.moe_layers[:2])
+    return replace(sample, trajectory=fewer)
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tensor=2, expert=2, pipeline=2, ranks=4)], ids=str)
