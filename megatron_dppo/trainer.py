@@ -108,6 +108,7 @@ class Trainer:
             rank_micro_batch,
             layout=rank.parallel,
             context_rank=rank.at.context,
+            routes_of_tensor_rank=rank.at.tensor if self.model.config.sequence_parallel else None,
             num_topk=num_recorded_topk(self.config),
             weights=LossWeights(loss.normaliser, loss.constant or 1),
             packed=self.config.training.packed,

@@ -89,8 +89,7 @@ def stats_pass(
 def recorded_routes(model: Model, batch: MicroBatch) -> Routes:
     """What a packed micro-batch's samples were recorded with, for the tokens and the MoE layers of this rank."""
     assert batch.routes is not None and batch.routes_valid is not None
-    valid = _own_tokens(to_device(batch.routes_valid, model.device), model)
-    experts = _own_tokens(to_device(batch.routes, model.device), model)
+    valid, experts = to_device(batch.routes_valid, model.device), to_device(batch.routes, model.device)
     return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(model.moe_layers)}
 
 
@@ -101,13 +100,6 @@ def as_taken(routes: Routes) -> Routes:
         assert found.native is not None
         taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
     return taken
-
-
-def _own_tokens(of_context_rank: Tensor, model: Model) -> Tensor:
-    """The part of [S, ...] that is this rank's under sequence parallelism."""
-    if not model.config.sequence_parallel:
-        return of_context_rank
-    return of_context_rank.chunk(model.rank.parallel.tensor)[model.rank.at.tensor]
 
 
 def _run(

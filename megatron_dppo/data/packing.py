@@ -272,24 +272,34 @@ def _routes_of(
     recorded = [t.routed_experts for t in trajectories if t.routed_experts is not None]
     topk = recorded[0].shape[2] if recorded else 1
     dtype = np.result_type(np.uint8, *recorded)
-    routes, valid = np.zeros((width, len(layers), topk), dtype), np.zeros(width, np.bool_)
+    routes, routes_valid = np.zeros((width, len(layers), topk), dtype), np.zeros(width, np.bool_)
     for t, start in zip(trajectories, starts.tolist(), strict=True):
-        if t.routed_experts is None or t.routes_valid is None or t.moe_layers is None:
+        if t.routes is None:
             raise ValueError(f"sample {t.sample_id}: got no routes, expected those that routing.mode rollout replays")
-        places = np.searchsorted(t.moe_layers, layers)
-        if len(layers) and (places.max() >= len(t.moe_layers) or (t.moe_layers[places] != layers).any()):
+        experts, valid, found = t.routes
+        places = np.searchsorted(found, layers)
+        if len(layers) and (places.max() >= len(found) or (found[places] != layers).any()):
             raise ValueError(
-                f"sample {t.sample_id}: got routes of layers {t.moe_layers.tolist()}, expected all of {list(layers)}"
+                f"sample {t.sample_id}: got routes of layers {found.tolist()}, expected all of {list(layers)}"
             )
-        stop = start + len(t.routes_valid)
-        routes[start:stop], valid[start:stop] = t.routed_experts[:, places], t.routes_valid
-    return {"routes": routes, "routes_valid": valid}
+        stop = start + len(valid)
+        routes[start:stop], routes_valid[start:stop] = experts[:, places], valid
+    return {"routes": routes, "routes_valid": routes_valid}
 
 
 def rank_micro_batch(
-    samples: Sequence[Scored], *, layout: Parallel, context_rank: int, num_topk: int = 0, **settings: Any
+    samples: Sequence[Scored],
+    *,
+    layout: Parallel,
+    context_rank: int,
+    routes_of_tensor_rank: int | None = None,
+    num_topk: int = 0,
+    **settings: Any,
 ) -> MicroBatch:
-    """`build_micro_batch` in the multiples that `layout` needs, and of it what a context rank computes."""
+    """`build_micro_batch` in the multiples that `layout` needs, and of it what a context rank computes.
+
+    `routes_of_tensor_rank`: under sequence parallelism, whose part of the routes is kept: [S / TP, L, k].
+    """
     whole = build_micro_batch(
         samples,
         num_topk=num_topk,
@@ -297,7 +307,12 @@ def rank_micro_batch(
         sequence_multiple=layout.sequence_multiple,
         **settings,
     )
-    return context_share(whole, layout.context, context_rank)
+    batch = context_share(whole, layout.context, context_rank)
+    if routes_of_tensor_rank is None or batch.routes is None or batch.routes_valid is None:
+        return batch
+    rows = len(batch.routes) // layout.tensor
+    own = slice(routes_of_tensor_rank * rows, (routes_of_tensor_rank + 1) * rows)
+    return replace(batch, routes=batch.routes[own].copy(), routes_valid=batch.routes_valid[own].copy())
 
 
 def context_share(batch: MicroBatch, context: int, rank: int) -> MicroBatch:

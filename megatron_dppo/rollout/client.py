@@ -35,6 +35,7 @@ from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
 from megatron_dppo.rollout.fleet import Fleet
+from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.sampler import MAX_SEED, Ahead, Sampler, batch_metrics, timed
 from megatron_dppo.rollout.trajectory import Scored, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
@@ -254,9 +255,11 @@ async def main(config: Config) -> None:
         taken = {f"training, {data.train}": train.describe()}
         if held_out:
             taken[f"held out, {data.eval}"] = held_out.describe()
+        arch = load_architecture(config.model.path)
+        if config.routing.mode == "rollout":
+            await probe_routes(engines, train.prompts, arch)
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         fleet = fleet_of(config, engines, orders)
-        arch = load_architecture(config.model.path)
         sampler = Sampler(config, fleet, tokenizer, train.prompts, reward, arch)
         ahead = Ahead(sampler)
         if config.resume != "never":

@@ -24,8 +24,8 @@ from megatron_dppo.data.prompts import Prompt, batch_indices
 from megatron_dppo.data.rewards import Reward
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Fleet, Request
+from megatron_dppo.rollout.routes import check_recorded
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
-from megatron_dppo.routing.codec import check_not_constant, check_routes
 
 MAX_SEED = 2**31 - 1
 log = logging.getLogger(__name__)
@@ -70,27 +70,12 @@ class Sampler:
         ]
         with timed(seconds, "generate"):
             trajectories = await self.fleet.sample(requests)
-        self._check_routes(trajectories)
+        if self.config.routing.mode == "rollout":
+            await asyncio.to_thread(check_recorded, trajectories, self.arch)
         with timed(seconds, "score"):
             scores = await self._score(trajectories, prompts)
             of_group = np.repeat(np.asarray(groups), size)
             return with_advantages(trajectories, scores, of_group, self.config.advantage.normalise)
-
-    def _check_routes(self, trajectories: Sequence[Trajectory]) -> None:
-        """Raises ValueError naming the sample whose routes cannot be right; none of the batch is trained on."""
-        if self.config.routing.mode != "rollout":
-            return
-        num_experts, topk = self.arch.num_experts, self.arch.num_experts_per_tok
-        recorded = []
-        for t in trajectories:
-            if t.routed_experts is None or t.routes_valid is None:
-                raise ValueError(f"sample {t.sample_id}: got no routes from {t.engine}, expected them")
-            try:
-                check_routes(t.routed_experts, t.routes_valid, num_experts=num_experts, topk=topk)
-            except ValueError as error:
-                raise ValueError(f"sample {t.sample_id} of {t.engine}: {error}") from None
-            recorded.append((t.routed_experts, t.routes_valid))
-        check_not_constant(recorded)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The step's, which follow from the seed."""
@@ -105,6 +90,7 @@ class Sampler:
             np.array_equal(sample.trajectory.prompt_ids, prompt.token_ids)
             and sample.trajectory.temperature == rollout.temperature
             and sample.trajectory.topk_ids.shape[1] >= num_recorded_topk(self.config)
+            and (self.config.routing.mode != "rollout" or sample.trajectory.routed_experts is not None)
             for sample, prompt in zip(samples, prompts, strict=True)
         )
 

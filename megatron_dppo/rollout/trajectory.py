@@ -79,6 +79,13 @@ class Trajectory:
         """P + R: what the sequence costs in the trainer's pack."""
         return self.prompt_length + self.response_length
 
+    @property
+    def routes(self) -> tuple[Array, Array, Array] | None:
+        """`routed_experts`, `routes_valid` and `moe_layers`, where there are any."""
+        if self.routed_experts is None or self.routes_valid is None or self.moe_layers is None:
+            return None
+        return self.routed_experts, self.routes_valid, self.moe_layers
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -164,11 +171,11 @@ def _check_topk(t: Trajectory) -> None:
 
 
 def _check_routes(t: Trajectory) -> None:
-    experts, valid, layers = t.routed_experts, t.routes_valid, t.moe_layers
-    if experts is None or valid is None or layers is None:
-        if not (experts is None and valid is None and layers is None):
+    if t.routes is None:
+        if not (t.routed_experts is None and t.routes_valid is None and t.moe_layers is None):
             raise ValueError("routed_experts, routes_valid, moe_layers: expected all three or none of them")
         return
+    experts, valid, layers = t.routes
     rows, L = t.num_tokens - 1, len(layers)
     if experts.dtype not in (np.uint8, np.uint16) or experts.ndim != 3 or experts.shape[:2] != (rows, L):
         raise ValueError(
@@ -283,19 +290,19 @@ def _layer_column(layer: int) -> str:
 
 def _route_columns(ts: Sequence[Trajectory]) -> dict[str, Array]:
     """Routes layer by layer, so that a rank can read those of its own; width 0 marks a trajectory without routes."""
-    routed = [t for t in ts if t.routed_experts is not None]
+    routed = [t.routes for t in ts if t.routes is not None]
     shape = [
         (0, 0, 0) if t.routed_experts is None else (t.routed_experts.itemsize, *t.routed_experts.shape[1:]) for t in ts
     ]
     columns = {
         "routes.shape": np.array(shape, np.int64).reshape(len(ts), 3),  # bytes an id, L, k
-        "routes.valid": _concat([t.routes_valid for t in routed], "?"),
-        "routes.layers": _concat([t.moe_layers for t in routed], "i4"),
+        "routes.valid": _concat([valid for _, valid, _ in routed], "?"),
+        "routes.layers": _concat([layers for *_, layers in routed], "i4"),
     }
     of_layers: dict[int, list[Array]] = {}
-    for t in routed:
-        for place, layer in enumerate(t.moe_layers.tolist()):
-            of_layers.setdefault(layer, []).append(t.routed_experts[:, place])
+    for experts, _, layers in routed:
+        for place, layer in enumerate(layers.tolist()):
+            of_layers.setdefault(layer, []).append(experts[:, place])
     # Where uint8 meets uint16 a column is uint16; each trajectory gets its own back.
     return columns | {_layer_column(layer): _concat(of_layers[layer], "u1") for layer in sorted(of_layers)}
 

@@ -21,6 +21,7 @@ import torch
 
 from megatron_dppo.rollout.engine import EngineError, EngineUnreachable, RolloutEngine, Sampling
 from megatron_dppo.rollout.trajectory import Trajectory
+from megatron_dppo.rollout.turns import join_turns
 from tests.engines.conftest import MAX_LOGPROBS, Served, alive, descendants, reference_logprobs, share
 from tests.tiny_models import EOS_ID
 
@@ -156,16 +157,18 @@ def test_a_response_ends_where_the_context_is_full(served: Served) -> None:
 
 
 @torch.no_grad()
+def wrong_rows(t: Trajectory, model: Any) -> np.ndarray:
+    """bool[P+R-1]: where recorded routes are not the experts that transformers takes."""
+    ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids]).astype(np.int64))
+    logits = model(ids[None], output_router_logits=True).router_logits
+    expected = logits[-1].topk(2).indices[:-1].sort(dim=-1).values.numpy()
+    assert t.routed_experts.dtype == np.uint8 and t.moe_layers.tolist() == [1] and t.routes_valid.all()
+    return (np.sort(t.routed_experts[:, 0], axis=-1) != expected).any(axis=-1)
+
+
 def test_routes_are_transformers_choices(served: Served) -> None:
-    rows = 0
-    for t in sample(served, PROMPTS, training()):
-        ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids]).astype(np.int64))
-        logits = served.model(ids[None], output_router_logits=True).router_logits
-        expected = logits[-1].topk(2).indices[:-1].sort(dim=-1).values.numpy()
-        assert t.routed_experts.dtype == np.uint8 and t.moe_layers.tolist() == [1] and t.routes_valid.all()
-        assert np.sort(t.routed_experts[:, 0], axis=-1).tolist() == expected.tolist()
-        rows += len(expected)
-    assert rows > 100
+    rows = np.concatenate([wrong_rows(t, served.model) for t in sample(served, PROMPTS, training())])
+    assert len(rows) > 100 and not rows.any()
 
 
 @pytest.mark.parametrize(
@@ -340,7 +343,8 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
 def test_held_requests_go_on_under_the_new_weights(
     served: Served, other: Any, original: Any, shared_memory: Path
 ) -> None:
-    """Each token has the log-prob of the weights that its trajectory names; no request is lost or begun anew."""
+    """Each token has the log-prob of the weights that its trajectory names, and its input the routes of those weights;
+    no request is lost or begun anew."""
     models = {0: served.model, 1: other[0]}
 
     async def body(engine: RolloutEngine) -> None:
@@ -363,6 +367,8 @@ def test_held_requests_go_on_under_the_new_weights(
         assert all(t.finish_reason in ("stop", "length") for t in trajectories)
         mixed = [len(set(t.policy_versions.tolist())) for t in trajectories]
         assert held[0] >= 8 and sum(n > 1 for n in mixed) >= 8 and max(mixed) > 2
+        wrong: dict[int, list[np.ndarray]] = {0: [], 1: []}
+        others: dict[int, list[np.ndarray]] = {0: [], 1: []}
         for t in trajectories:
             versions = t.policy_versions - first
             assert (np.diff(versions) >= 0).all()
@@ -370,8 +376,39 @@ def test_held_requests_go_on_under_the_new_weights(
                 here = versions % 2 == parity
                 expected = reference_logprobs(model, t, 1.0)[np.arange(t.response_length), t.response_ids]
                 np.testing.assert_allclose(t.rollout_logprobs[here], expected[here], atol=TOLERANCE, rtol=0)
+                # The prompt was read for the first token, each token for the next.
+                rows = np.concatenate([np.repeat(here[:1], t.prompt_length - 1), here])
+                wrong[parity] += [wrong_rows(t, model)[rows]]
+                others[parity] += [wrong_rows(t, model)[~rows]]
+        for parity in models:
+            assert np.concatenate(wrong[parity]).mean() < 1e-3  # but for what is as good as a tie
+            assert np.concatenate(others[parity]).mean() > 0.05  # of the other weights
 
     on(served, body)
+
+
+def test_turns_of_a_conversation_join_with_the_routes_of_their_weights(
+    served: Served, other: Any, original: Any, shared_memory: Path
+) -> None:
+    """An update between two turns; the second reads the first, which was sampled and recorded under older weights."""
+
+    async def body(engine: RolloutEngine) -> list[tuple[Trajectory, Trajectory]]:
+        version = await engine.version()
+        first = [await engine.generate(p, training(), f"a{i}") for i, p in enumerate(PROMPTS[:6])]
+        await update(engine, share(shared_memory, other[1], version + 1))
+        told = [[*t.prompt_ids.tolist(), *t.response_ids.tolist(), 11, 12, 13] for t in first]
+        then = [await engine.generate(p, training(), f"b{i}") for i, p in enumerate(told)]
+        await update(engine, share(shared_memory, original, version + 2))
+        return [*zip(first, then, strict=True)]
+
+    early, late = [], []
+    for first, then in on(served, body):
+        joined = join_turns([first, then])
+        assert joined.loss_mask.sum() == joined.response_length - 3 and joined.routes_valid.all()
+        early += [wrong_rows(joined, served.model)[: first.num_tokens - 1]]
+        late += [wrong_rows(joined, other[0])[first.num_tokens - 1 :]]
+        assert (np.diff(joined.policy_versions[joined.loss_mask]) >= 0).all()
+    assert np.concatenate(early).mean() < 1e-2 and np.concatenate(late).mean() < 1e-2
 
 
 def test_held_requests_end_with_an_update_that_fails(served: Served, original: Any, shared_memory: Path) -> None:
