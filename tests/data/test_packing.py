@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dppo.data.packing import LossWeights, build_micro_batch, context_share, imbalance, plan_step
+from megatron_dppo.data.packing import (
+    LossWeights,
+    build_micro_batch,
+    context_share,
+    imbalance,
+    plan_step,
+    rank_micro_batch,
+)
 from megatron_dppo.rollout.trajectory import Scored, Trajectory
+from megatron_dppo.weights.layout import Parallel
 
 
 def sample(prompt: list[int], response: list[int], mask: list[bool], advantage: float, topk: int = 0) -> Scored:
@@ -64,6 +74,50 @@ def test_context_ranks_share_every_sequence() -> None:
     assert one.mu_logprob.tolist() == [-2.0, -3.0, -4.0, -2.0] and one.weight.tolist() == [0.25, 0.25, 0.25, 1.0]
     assert (zero.count, one.count) == (2, 0)  # of the divisor, once
     assert zero.cu_seqlens is whole.cu_seqlens
+
+
+def routed(scored: Scored, first_id: int) -> Scored:
+    """With experts that tell row, layer and place: of layers 1 and 4, two a token; the second row was not recorded."""
+    rows = scored.trajectory.num_tokens - 1
+    routes = {
+        "routed_experts": first_id + np.arange(rows * 4, dtype=np.uint8).reshape(rows, 2, 2),
+        "routes_valid": np.arange(rows) != 1,
+        "moe_layers": np.array([1, 4], np.int32),
+    }
+    return replace(scored, trajectory=replace(scored.trajectory, **routes))
+
+
+def test_routes_go_where_their_tokens_go() -> None:
+    """Sequences of 6 and 3 tokens at TP 2 x CP 2, padded to 8 each: each rank has the rows of its own positions."""
+    samples = [
+        routed(sample([5, 6], [7, 8, 9, 10], [True] * 4, 1.0), 0),
+        routed(sample([9], [1, 2], [True] * 2, 1.0), 100),
+    ]
+    layout = Parallel(tensor=2, context=2, ranks=4)
+    # First and last quarter of each sequence, halved; a last token and padding have no row.
+    positions = {(0, 0): [0, 1, 6, 7], (0, 1): [8, 9, 14, 15], (1, 0): [2, 3, 4, 5], (1, 1): [10, 11, 12, 13]}
+    experts = {p: np.arange(4 * p, 4 * p + 4).reshape(2, 2) for p in range(5)}
+    experts |= {8 + p: 100 + np.arange(4 * p, 4 * p + 4).reshape(2, 2) for p in range(2)}
+    for (context_rank, tensor_rank), own in positions.items():
+        batch = rank_micro_batch(
+            samples, layout=layout, context_rank=context_rank, routes_of_tensor_rank=tensor_rank, routed_layers=[4, 1]
+        )
+        assert batch.routes is not None and batch.routes_valid is not None and batch.routes.dtype == np.uint8
+        assert batch.routes_valid.tolist() == [p in experts and p not in (1, 9) for p in own]
+        for row, p in enumerate(own):
+            expected = experts[p][::-1] if p in experts else np.zeros((2, 2))  # layer 4, then layer 1
+            np.testing.assert_array_equal(batch.routes[row], expected)
+    whole = rank_micro_batch(samples, layout=Parallel(), context_rank=0, routed_layers=[])
+    assert whole.routes is not None and whole.routes.shape == (9, 0, 2)
+    assert rank_micro_batch(samples, layout=Parallel(), context_rank=0).routes is None
+
+
+def test_samples_that_lack_routes_are_refused() -> None:
+    one = sample([9], [1, 2], [True, True], 1.0)
+    with pytest.raises(ValueError, match="sample s: got no routes, expected those that routing.mode rollout replays"):
+        build_micro_batch([routed(one, 0), one], num_topk=0, routed_layers=[1])
+    with pytest.raises(ValueError, match=r"sample s: got routes of layers \[1, 4\], expected all of \[1, 3\]"):
+        build_micro_batch([routed(one, 0)], num_topk=0, routed_layers=[1, 3])
 
 
 def test_loss_weights() -> None:

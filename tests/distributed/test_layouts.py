@@ -216,8 +216,9 @@ def test_a_split_changes_nothing(
             error = np.linalg.norm(got[tensor] - value) / np.linalg.norm(value)
             assert error <= 1e-5, f"{kind} of {tensor}: relative error {error:.1e}"
     assert answers[0].metrics[0]["grad_norm"] == pytest.approx(expected.metrics[0]["grad_norm"], rel=1e-5)
-    # Of the same weights to 1e-6; later ones are those of weights that differ by as much as they may.
-    for step, tolerance in enumerate((1e-6, 1e-4, 1e-4)):
+    # Of the same weights to 1e-6 (the scores of experts that are forced may be small, and lose digits as they are
+    # normalised); later ones are those of weights that differ by as much as they may.
+    for step, tolerance in enumerate((3e-6 if case.replay else 1e-6, 1e-4, 1e-4)):
         assert answers[0].metrics[step]["loss"] == pytest.approx(
             expected.metrics[step]["loss"], rel=tolerance, abs=tolerance
         )

@@ -6,7 +6,6 @@ layout replays alike: test_layouts.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from megatron_dppo.rollout.client import place_batch
-from megatron_dppo.rollout.trajectory import Scored, load_batch, save_batch
+from megatron_dppo.rollout.trajectory import Scored, load_batch
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import proof
 from tests.distributed.rank_pool import RankPool
@@ -85,25 +84,6 @@ def test_forced_experts_equal_transformers(ranks: RankPool, checkpoint: Path, tm
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
     assert found.metrics[0]["route_agreement"] < 0.5  # 2 of 8 experts, by chance 0.25
     assert {f"route_agreement/{layer}" for layer in (0, 2, 3)} <= found.metrics[0].keys()
-
-
-def test_samples_without_routes_are_refused(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
-    batch, groups = samples(checkpoint)
-    settings = config(Case(Parallel(), distributed=False, replay=True), checkpoint)
-    scored = load_batch(batch)
-    order = place_batch(tmp_path, 0, scored, groups, settings)
-    with pytest.raises(RuntimeError, match="got no routes, expected those that routing.mode rollout replays"):
-        ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
-    save_batch(Path(order["files"][0]), [_without_last_layer(sample) for sample in with_routes(scored)])
-    with pytest.raises(RuntimeError, match=r"got routes of layers \[0, 2\], expected all of \[0, 2, 3\]"):
-        ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
-
-
-def _without_last_layer(sample: Scored) -> Scored:
-    t = sample.trajectory
-    assert t.routed_experts is not None and t.moe_layers is not None
-    fewer = replace(t, routed_experts=t.routed_experts[:, :2], moe_layers=t.moe_layers[:2])
-    return replace(sample, trajectory=fewer)
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tensor=2, expert=2, pipeline=2, ranks=4)], ids=str)
