@@ -159,9 +159,8 @@ def replay_cpu() -> Iterator[Callable[[], float]]:
 
         return call
 
-    def get_replay_topk(self: Any, scores: Any, topk: int, *args: Any, default_compute_topk: Any, **kwargs: Any) -> Any:
-        own = counted("own top-k", default_compute_topk)
-        return counted("routers", answer)(self, scores, topk, *args, default_compute_topk=own, **kwargs)
+    def get_replay_topk(self: Any, scores: Any, topk: int, groups: Any, group_topk: Any, own_topk: Any) -> Any:
+        return counted("routers", answer)(self, scores, topk, groups, group_topk, counted("own top-k", own_topk))
 
     with (
         mock.patch.object(replay_module.Replay, "get_replay_topk", get_replay_topk),
