@@ -151,7 +151,7 @@ class Trainer:
         return (
             means
             | unreplayed
-            | route_agreement(self.model)
+            | route_agreement(self.model, routes[0])  # mismatch and this: of the weights that the engine had
             | {
                 "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
                 "mismatch": at_sampling["mean_abs_pi_minus_mu"],
@@ -254,22 +254,23 @@ def _extended(
     return extended
 
 
-def route_agreement(model: Model) -> dict[str, float]:
-    """Share of the replayed experts that routers would have taken themselves, in all layers and in each; from now on
-    anew. One all-reduce of two float64 a layer."""
-    if not model.replays and not model.arch.is_moe:
+def route_agreement(model: Model, micro_batches: Sequence[Routes | None]) -> dict[str, float]:
+    """Share of the replayed experts that routers would have taken themselves, in all layers and in each, of passes that
+    have been. One all-reduce of two float64 a layer."""
+    replayed = [routes for routes in micro_batches if routes is not None]
+    if not replayed:
         return {}
     total = torch.zeros(2, model.arch.num_layers, dtype=torch.float64, device=model.device)
-    for layer, replay in model.replays.items():
-        if replay.agreed is not None and replay.rows is not None:
-            total[0, layer], total[1, layer] = replay.agreed, replay.rows * model.arch.num_experts_per_tok
-        replay.agreed = replay.rows = None
+    for layer, routes in (item for of_layers in replayed for item in of_layers.items()):
+        assert routes.agreed is not None and routes.valid is not None
+        total[0, layer] += routes.agreed
+        total[1, layer] += routes.valid.sum() * model.arch.num_experts_per_tok
     dist.all_reduce(total)
-    agreed, rows = total.tolist()
-    if not sum(rows):
+    agreed, experts = total.tolist()
+    if not sum(experts):
         return {}
-    of_layers = {f"route_agreement/{i}": a / n for i, (a, n) in enumerate(zip(agreed, rows, strict=True)) if n}
-    return {"route_agreement": sum(agreed) / sum(rows)} | of_layers
+    of_layers = {f"route_agreement/{i}": a / n for i, (a, n) in enumerate(zip(agreed, experts, strict=True)) if n}
+    return {"route_agreement": sum(agreed) / sum(experts)} | of_layers
 
 
 def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:

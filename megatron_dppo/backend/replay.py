@@ -8,7 +8,7 @@ that is computed again in backward has them too. Nothing depends on the order in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 class LayerRoutes:
     """Of the tokens of one micro-batch on this rank, in the model's order, and one layer.
 
-    `experts` u8|u16|i64[T, k], `valid` bool[T]: where False the router chooses itself. `experts` None: it does
-    everywhere, and leaves in `native` i16[T, k] what it took.
+    `experts` u8|u16|i16[T, k], `valid` bool[T]: where False the router chooses itself. `experts` None: it does
+    everywhere, and leaves in `native` i16[T, k] what it took. It leaves in `agreed` i64[] how many of the valid rows'
+    experts it would have taken anyway.
     """
 
     experts: Tensor | None = None
     valid: Tensor | None = None
     native: Tensor | None = None
+    agreed: Tensor | None = None
 
 
 Routes = Mapping[int, LayerRoutes]  # by the layer's number in the model, from 0
@@ -36,13 +38,10 @@ Routes = Mapping[int, LayerRoutes]  # by the layer's number in the model, from 0
 
 @dataclass
 class Replay:
-    """What one router asks for its top-k. `agreed` and `rows` add up over passes with gradient: experts that it would
-    have taken itself, and valid rows."""
+    """What one router asks for its top-k."""
 
     layer: int
     current: LayerRoutes | None = None
-    agreed: Tensor | None = field(default=None)
-    rows: Tensor | None = field(default=None)
 
     def get_replay_topk(
         self,
@@ -62,16 +61,8 @@ class Replay:
             return own_scores, own
         experts, valid = self.current.experts.long(), self.current.valid
         chosen = torch.where(valid[:, None], experts, own)
-        if torch.is_grad_enabled():
-            self._count(chosen, own, valid)
+        self.current.agreed = ((chosen[:, :, None] == own[:, None, :]).any(-1) & valid[:, None]).sum()
         return scores.gather(1, chosen), chosen
-
-    @torch.no_grad()
-    def _count(self, chosen: Tensor, own: Tensor, valid: Tensor) -> None:
-        same = ((chosen[:, :, None] == own[:, None, :]).any(-1) & valid[:, None]).sum(dtype=torch.float64)
-        rows = valid.sum(dtype=torch.float64)
-        self.agreed = same if self.agreed is None else self.agreed + same
-        self.rows = rows if self.rows is None else self.rows + rows
 
 
 def install_replay(chunks: Sequence[nn.Module]) -> dict[int, Replay]:

@@ -71,7 +71,8 @@ class Sampler:
         with timed(seconds, "generate"):
             trajectories = await self.fleet.sample(requests)
         if self.config.routing.mode == "rollout":
-            await asyncio.to_thread(check_recorded, trajectories, self.arch)
+            with timed(seconds, "check_routes"):
+                await asyncio.to_thread(check_recorded, trajectories, self.arch)
         with timed(seconds, "score"):
             scores = await self._score(trajectories, prompts)
             of_group = np.repeat(np.asarray(groups), size)
@@ -241,4 +242,8 @@ def batch_metrics(batch: Batch, step: int) -> dict[str, float]:
     metrics["staleness"] = float(ages.mean()) if len(ages) else 0.0
     metrics["staleness_max"] = float(ages.max(initial=0))
     metrics["too_old"] = float(batch.too_old)
+    if routes := [t.routes for t in trajectories if t.routes is not None]:
+        rows = sum(len(valid) for _, valid, _ in routes)
+        metrics["route_bytes_per_token"] = sum(experts.nbytes for experts, *_ in routes) / max(rows, 1)
+        metrics["routes_invalid_share"] = 1 - sum(int(valid.sum()) for _, valid, _ in routes) / max(rows, 1)
     return metrics
