@@ -98,12 +98,16 @@ CASES = {
     "tp2 x ep2 x pp2 padded": Case(TP2_EP2_PP2, packed=False, recompute="full"),
     "dp4 x ep2": Case(DP4_EP2, uneven=True),
     "tp2 replayed": Case(TP2, replay=True),
+    "ep2 replayed": _sgd(EP2, replay=True, uneven=True),
+    "etp2 replayed": _sgd(ETP2, replay=True, recompute="full"),
     "tp2 x ep2 replayed, recomputed": Case(TP2_EP2, replay=True, recompute="full"),
     "tp2 x ep2 x etp2 replayed": _sgd(Parallel(tensor=2, expert=2, expert_tensor=2, ranks=4), replay=True),
     "pp2 replayed, 8 micro-batches": Case(PP2, replay=True, tokens=16, recompute="full"),
     "pp2 x vpp2 replayed": _sgd(PP2_VPP2, replay=True, recompute="full"),
     "cp2 replayed": Case(CP2, replay=True, recompute="full"),
     "dp2 replayed": Case(DP2, replay=True, uneven=True),
+    "dp4 x ep2 replayed": Case(DP4_EP2, replay=True, uneven=True),
+    "tp2 x pp2 replayed": Case(TP2_PP2, replay=True, tokens=16),
     "tp2 x cp2 replayed": _sgd(TP2_CP2, replay=True, recompute="selective"),
     "cp2 x vpp2 replayed": Case(CP2_VPP2, replay=True),
     "tp2 x ep2 x pp2 replayed": Case(TP2_EP2_PP2, replay=True, recompute="full"),
@@ -162,18 +166,18 @@ def order_of(case: Case, settings: Config, path: Path, shared: Path) -> dict[str
     return {"files": [str(file) for file in files], "micro_batch_sizes": sizes}
 
 
-def with_routes(scored: list[Scored]) -> list[Scored]:
+def with_routes(scored: list[Scored], layers: tuple[int, ...] = MOE_LAYERS, topk: int = 2) -> list[Scored]:
     """The same samples with random experts in the layers that have any; a few rows are not valid."""
     rng = np.random.default_rng(7)
     routed = []
     for sample in scored:
         rows = sample.trajectory.num_tokens - 1
-        experts = np.argsort(rng.random((rows, len(MOE_LAYERS), 8)), axis=2)[..., :2].astype(np.uint8)
+        experts = np.argsort(rng.random((rows, len(layers), 8)), axis=2)[..., :topk].astype(np.uint8)
         trajectory = replace(
             sample.trajectory,
             routed_experts=experts,
             routes_valid=rng.random(rows) < 0.9,
-            moe_layers=np.array(MOE_LAYERS, np.int32),
+            moe_layers=np.array(layers, np.int32),
         )
         routed.append(replace(sample, trajectory=trajectory))
     return routed

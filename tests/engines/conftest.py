@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,12 @@ def serving(
         child.stop()
         left = [pid for pid in family if alive(pid)]
         assert not left, f"processes {left} of the engine are still running"
+
+
+def tell(url: str, method: str, *args: Any) -> None:
+    """Calls a method of the workers, one of `FaultyExtension` for instance."""
+    answer = httpx.post(f"{url}/collective_rpc", json={"method": method, "args": list(args)}, timeout=60)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.fixture(scope="session", params=["vllm"])

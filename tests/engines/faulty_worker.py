@@ -37,6 +37,16 @@ class FaultyExtension(WorkerExtension):
         """Let the next reload take other numbers than came."""
         return self._at_box(after, lambda *box: box[-1].add_(1.0))
 
+    def test_forget_routes(self, forget: bool) -> dict[str, Any]:
+        """Let routers' choices go unrecorded: zeros are returned for them; or record them again."""
+        capturer: Any = self.model_runner.routed_experts_capturer  # type: ignore[attr-defined]
+        if forget:
+            capturer.device_buffer.zero_()
+            capturer.capture = lambda *_: None
+        else:
+            del capturer.capture
+        return {}
+
     def _at_box(self, after: int, what: Callable[..., Any]) -> dict[str, Any]:
         reload: Any = self.weight_transfer_engine.reload
         sound, taken = reload.place, 0

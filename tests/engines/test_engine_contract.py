@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dppo.architecture import load_architecture
+from megatron_dppo.data.prompts import Prompt
 from megatron_dppo.rollout.engine import EngineError, EngineUnreachable, RolloutEngine, Sampling
+from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import join_turns
-from tests.engines.conftest import MAX_LOGPROBS, Served, alive, descendants, reference_logprobs, share
+from tests.engines.conftest import MAX_LOGPROBS, Served, alive, descendants, reference_logprobs, share, tell
 from tests.tiny_models import EOS_ID
 
 TOLERANCE = 2e-5  # of a log-prob, engine against transformers, both fp32
@@ -296,8 +299,7 @@ def test_after_a_refused_update_a_full_one_succeeds(served: Served, original: An
 def test_a_commit_that_fails_half_way_is_cured_by_a_full_update(
     served: Served, other: Any, original: Any, shared_memory: Path, after: int
 ) -> None:
-    rpc = httpx.post(f"{served.url}/collective_rpc", json={"method": "mdppo_fail_next_load", "args": [after]})
-    assert rpc.status_code == 200
+    tell(served.url, "mdppo_fail_next_load", after)
 
     async def body(engine: RolloutEngine) -> None:
         version = await engine.version()
@@ -336,6 +338,22 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
         assert {t.finish_reason for t in trajectories} <= {"stop", "length"}
         with pytest.raises(ValueError, match="got version 9, expected the update's"):
             await engine.begin_update(9, share(shared_memory, original, version + 2).manifest)
+
+    on(served, body)
+
+
+def test_an_engine_that_records_no_routes_is_found_before_anything_is_trained(served: Served) -> None:
+    arch, prompts = load_architecture(served.model_dir), [Prompt(0, "", "", np.array(p)) for p in PROMPTS]
+
+    async def body(engine: RolloutEngine) -> None:
+        await probe_routes([engine], prompts, arch)
+        tell(served.url, "test_forget_routes", True)
+        try:
+            with pytest.raises(ValueError, match=f"engine {served.url}: sample probe-0 of .*: got expert 0 twice"):
+                await probe_routes([engine], prompts, arch)
+        finally:
+            tell(served.url, "test_forget_routes", False)
+        await probe_routes([engine], prompts, arch)
 
     on(served, body)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from transformers import Qwen3MoeForCausalLM
@@ -21,7 +20,7 @@ from transformers import Qwen3MoeForCausalLM
 from megatron_dppo.data.addition import build_tokenizer, sample_problems, write_problems
 from megatron_dppo.processes import Child, free_port, start, stop_all
 from megatron_dppo.rollout.vllm_server import wait_ready
-from tests.engines.conftest import READY_DEADLINE_S, Served, faulty_server, serving
+from tests.engines.conftest import READY_DEADLINE_S, Served, faulty_server, serving, tell
 from tests.tiny_models import deepseek_config, tiny_model
 from tools.make_quickstart_input import write_initial_model
 
@@ -133,7 +132,7 @@ def test_the_check_fails_where_weights_differ(
     engine: Served, transport: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """Behind the checksum: only the log-probs can tell."""
-    httpx.post(f"{engine.url}/collective_rpc", json={"method": "test_damage_next_load", "args": [3]}, timeout=60)
+    tell(engine.url, "test_damage_next_load", 3)
     recipe["rollout"]["urls"] = [engine.url]
     check = command(tmp_path, recipe, "sync-check", f"sync.transport={transport}", "--updates", "2", "--json")
     output, _ = check.communicate(timeout=DEADLINE_S)
@@ -167,10 +166,6 @@ class Server:
     def wait(self) -> None:
         assert self.child is not None
         wait_ready(self.url, self.child, READY_DEADLINE_S)
-
-    def tell(self, method: str, *args: Any) -> None:
-        answer = httpx.post(f"{self.url}/collective_rpc", json={"method": method, "args": list(args)}, timeout=60)
-        assert answer.status_code == 200, answer.text
 
 
 @pytest.fixture
@@ -214,11 +209,11 @@ def test_a_run_outlives_its_engines(servers: list[Server], recipe: dict[str, Any
     try:
         wait_until(lambda: engines()[-2:] == [2, 2])
         before = len(engines())
-        stalling.tell("test_stall_next_load", 20, 3 * GROUP_TIMEOUT_S)
+        tell(stalling.url, "test_stall_next_load", 20, 3 * GROUP_TIMEOUT_S)
         wait_until(lambda: "attempt 1" in client_log.read_text())
         wait_until(lambda: len(engines()) > before + 2)
         assert engines()[-1] == 2, client_log.read_text()
-        dying.tell("test_exit_next_load", 30)
+        tell(dying.url, "test_exit_next_load", 30)
         wait_until(lambda: engines()[-1] == 1)
         assert f"engine {dying.url}" in client_log.read_text()
         dying.start()
