@@ -22,7 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,10 @@ from torch.nn.attention.bias import causal_lower_right
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.replay import Routes
 from megatron_dppo.head.rows import to_device
+
+# megatron-core 0.19 knows its own replicated linear only beside Transformer Engine.
+if not multi_latent_attention.Linear:
+    multi_latent_attention.Linear = Linear
 
 Layers = Literal["auto", "torch", "transformer_engine"]
 LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
