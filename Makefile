@@ -53,6 +53,7 @@ test-long: $(STAMP)  ## What CI does not repeat: every trainer against every eng
 
 # The index may have another build of torch for this Python, with another triton; vLLM is for the pinned one.
 test-latest:  ## The backend's tests under Python 3.12 and the newest megatron-core, in .venv-latest
+	@$(PYTHON312) -c '' || { echo "$(PYTHON312) does not run: install Python 3.12, or say PYTHON312=..." >&2; exit 1; }
 	$(PYTHON312) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet torch==2.13.0
 	grep -vE '^(\#|torch==|triton==|vllm|megatron-core)' requirements/cpu.txt > .venv-latest/requirements.txt
