@@ -336,9 +336,9 @@ def _offload(
 
 
 def _routing(routing: RoutingConfig, training: TrainingConfig, arch: Architecture) -> Iterator[str]:
+    if routing.measure_every and routing.mode != "rollout":
+        yield f"routing.measure_every: got {routing.measure_every}, which routing.mode {routing.mode} does not use"
     if routing.mode == "off":
-        if routing.measure_every:
-            yield f"routing.measure_every: got {routing.measure_every}, which routing.mode off does not use"
         return
     if not arch.is_moe:
         yield f"routing.mode: got {routing.mode}, expected off: the model has no experts"

@@ -36,7 +36,7 @@ from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.backend.replay import LayerRoutes, Routes
-from megatron_dppo.backend.step import Sums, as_taken, loss_pass, recorded_routes, stats_pass
+from megatron_dppo.backend.step import Sums, as_taken, compared_routes, loss_pass, recorded_routes, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of, reference_kl_of
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
@@ -124,7 +124,7 @@ class Trainer:
         """One gradient step a minibatch; returns the step's metrics (on every rank)."""
         routes = self._routes(minibatches)
         known = self._rollout_tokens(minibatches, routes)
-        unreplayed = self._mismatch_without_replay(step, minibatches[0], known[0])
+        unreplayed = self._without_replay(step, minibatches[0], routes[0], known[0])
         self.optimizer.advance()
         sums: list[Sums] = []
         norms = []
@@ -169,25 +169,39 @@ class Trainer:
             return [[None] * len(minibatch) for minibatch in minibatches]
         taken: list[list[Routes | None]] = []
         for minibatch in minibatches:
-            places: list[Routes] = [{layer: LayerRoutes() for layer in self.model.moe_layers} for _ in minibatch]
+            places = self._native_places(minibatch)
             stats_pass(self.model, minibatch, places)
             taken.append([as_taken(place) for place in places])
         return taken
 
-    def _mismatch_without_replay(
-        self, step: int, minibatch: Sequence[MicroBatch], tokens: Sequence[RolloutTokens]
+    def _without_replay(
+        self,
+        step: int,
+        minibatch: Sequence[MicroBatch],
+        routes: Sequence[Routes | None],
+        tokens: Sequence[RolloutTokens],
     ) -> dict[str, float]:
-        """Mean |pi - mu| of the first gradient step's tokens if routers chose themselves; where it is due."""
+        """Of the first gradient step, if routers chose themselves: mean |pi - mu|, and the share of recorded experts that
+        they take; where it is due."""
         every = self.config.routing.measure_every
         if not every or step % every:
             return {}
+        native = self._native_places(minibatch)
         total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for stats, rollout in zip(stats_pass(self.model, minibatch), tokens, strict=False):
+        for stats, rollout in zip(stats_pass(self.model, minibatch, native), tokens, strict=False):
             if self.model.rank.reports:
                 total[0] += binary_tv(rollout.logprob, stats.logprob).double().sum()
                 total[1] += len(stats.logprob)
         dist.all_reduce(total)
-        return {"mismatch_without_replay": float(total[0] / total[1].clamp(min=1))}
+        compared = [compared_routes(own, found) for own, found in zip(native, routes, strict=True) if found is not None]
+        return {
+            "mismatch_without_replay": float(total[0] / total[1]) if total[1] else math.nan,
+            **route_agreement(self.model, compared, "route_agreement_without_replay"),
+        }
+
+    def _native_places(self, minibatch: Sequence[MicroBatch]) -> list[Routes]:
+        """Where routers leave what they take."""
+        return [{layer: LayerRoutes() for layer in self.model.moe_layers} for _ in minibatch]
 
     def _rollout_tokens(
         self, minibatches: Sequence[Sequence[MicroBatch]], routes: Sequence[Sequence[Routes | None]]
@@ -254,9 +268,11 @@ def _extended(
     return extended
 
 
-def route_agreement(model: Model, micro_batches: Sequence[Routes | None]) -> dict[str, float]:
-    """Share of the replayed experts that routers would have taken themselves, in all layers and in each, of passes that
-    have been. One all-reduce of two float64 a layer."""
+def route_agreement(
+    model: Model, micro_batches: Sequence[Routes | None], name: str = "route_agreement"
+) -> dict[str, float]:
+    """Share of the recorded experts that routers take themselves, in all layers and in each, of passes that have been.
+    One all-reduce of two float64 a layer."""
     replayed = [routes for routes in micro_batches if routes is not None]
     if not replayed:
         return {}
@@ -269,8 +285,8 @@ def route_agreement(model: Model, micro_batches: Sequence[Routes | None]) -> dic
     agreed, experts = total.tolist()
     if not sum(experts):
         return {}
-    of_layers = {f"route_agreement/{i}": a / n for i, (a, n) in enumerate(zip(agreed, experts, strict=True)) if n}
-    return {"route_agreement": sum(agreed) / sum(experts)} | of_layers
+    of_layers = {f"{name}/{i}": a / n for i, (a, n) in enumerate(zip(agreed, experts, strict=True)) if n}
+    return {name: sum(agreed) / sum(experts)} | of_layers
 
 
 def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:

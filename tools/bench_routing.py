@@ -4,9 +4,11 @@
 
 Cost: steps of the trainer on one rank with and without replay, in turns, on one sequence of 4096 tokens and an
 untrained Qwen3-MoE that routes as Qwen3-30B-A3B does (8 of 128 experts) in 8 narrow layers. CPU-seconds of the replay's
-own code are measured where it runs; the ratio of whole steps is printed beside.
+own code are measured where it runs; the ratio of whole steps is printed beside (both have the hook and the router's
+call of it; backward through the scores is the router's own).
 
-Memory: what a rank of TP 2 x CP 2 x PP 4 x DP 4 keeps of the routes of a million tokens, of Qwen3-30B-A3B's 48 layers.
+Memory: what a rank of TP 2 x CP 2 x PP 4 x DP 4 keeps of the routes of a million tokens, of Qwen3-30B-A3B's 48 layers,
+on the host and once packed; while it loads it has its replica's columns of its layers.
 
 Mismatch: a real vLLM and one rank, both in bfloat16, on a random model with wide logits and routers that are often
 undecided; the trainer's metrics of one step.
@@ -271,7 +273,7 @@ async def _sample(url: str, path: Path) -> list[Trajectory]:
 
 
 def mismatch(root: Path) -> dict[str, Any]:
-    """Mean |pi - mu| without replay over that with it; and how many experts agree before replay, layer by layer."""
+    """Mean |pi - mu| without replay over that with it; and how many experts agree without, layer by layer."""
     path, port = root / "tough", free_port()
     write_model(path, TOUGH_MODEL, TOUGH_LOGIT_SCALE)
     argv = server_command(
@@ -298,8 +300,9 @@ def mismatch(root: Path) -> dict[str, Any]:
         "mismatch": metrics["mismatch"],
         "mismatch_without_replay": metrics["mismatch_without_replay"],
         "mismatch_reduction": metrics["mismatch_without_replay"] / metrics["mismatch"],
-        "agreement": metrics["route_agreement"],
-        "agreement_per_layer": [metrics[f"route_agreement/{layer}"] for layer in range(layers)],
+        "agreement": metrics["route_agreement_without_replay"],
+        "agreement_per_layer": [metrics[f"route_agreement_without_replay/{layer}"] for layer in range(layers)],
+        "agreement_above_replayed_layers": metrics["route_agreement"],
         "sampled_tokens": int(sum(t.response_length for t in answers)),
     }
 

@@ -61,15 +61,20 @@ class Replay:
             return own_scores, own
         experts, valid = self.current.experts.long(), self.current.valid
         chosen = torch.where(valid[:, None], experts, own)
-        self.current.agreed = ((chosen[:, :, None] == own[:, None, :]).any(-1) & valid[:, None]).sum()
+        self.current.agreed = num_agreed(chosen, own, valid)
         return scores.gather(1, chosen), chosen
+
+
+def num_agreed(one: Tensor, other: Tensor, valid: Tensor) -> Tensor:
+    """i64[]: how many experts of [T, k] are among those of the other, in valid rows."""
+    return ((one[:, :, None] == other[:, None, :]).any(-1) & valid[:, None]).sum()
 
 
 def install_replay(chunks: Sequence[nn.Module]) -> dict[int, Replay]:
     """Gives every MoE layer of these chunks a `Replay`; returns them by the layer's number in the model, from 0.
 
-    Layers of multi-token prediction are none of the decoder's and stay as they are. Raises ValueError for routers whose
-    top-k Megatron does not ask for.
+    Layers of multi-token prediction are none of the decoder's and stay as they are. Raises ValueError for routers that
+    choose in a fused kernel or by Sinkhorn's iteration, where nobody asks `Replay`.
     """
     found: dict[int, Replay] = {}
     for layer, router in _routers(chunks):

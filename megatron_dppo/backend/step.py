@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.layers import PackedSequences
 from megatron_dppo.backend.model import Model, unwrapped
-from megatron_dppo.backend.replay import LayerRoutes, Routes
+from megatron_dppo.backend.replay import LayerRoutes, Routes, num_agreed
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
@@ -100,6 +100,16 @@ def as_taken(routes: Routes) -> Routes:
         assert found.native is not None
         taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
     return taken
+
+
+def compared_routes(native: Routes, recorded: Routes) -> Routes:
+    """How far what routers left in places for it agrees with what was recorded."""
+    compared = {}
+    for layer, found in recorded.items():
+        own = native[layer].native
+        assert own is not None and found.experts is not None and found.valid is not None
+        compared[layer] = LayerRoutes(valid=found.valid, agreed=num_agreed(found.experts.long(), own, found.valid))
+    return compared
 
 
 def _run(

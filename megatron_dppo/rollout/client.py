@@ -59,10 +59,13 @@ class Client:
 
     async def run(self) -> None:
         """All steps. Training ends with an order that says why instead of samples."""
+        fleet = self.sampler.fleet
         for step in range(self.start, self.config.training.steps + 1):
             # Version 0 too: whatever an engine started with, what it samples from is what the trainer has.
             with timed(self.seconds, "update_engines"):
-                await self.sampler.fleet.update(step)
+                await fleet.update(step)
+            if step == self.start and self.config.routing.mode == "rollout":
+                await probe_routes(fleet.living, self.sampler.train, self.arch)
             evaluation = await self._evaluate(step)
             stop = self._reason_to_stop(step, evaluation)
             if stop is not None:
@@ -256,8 +259,6 @@ async def main(config: Config) -> None:
         if held_out:
             taken[f"held out, {data.eval}"] = held_out.describe()
         arch = load_architecture(config.model.path)
-        if config.routing.mode == "rollout":
-            await probe_routes(engines, train.prompts, arch)
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         fleet = fleet_of(config, engines, orders)
         sampler = Sampler(config, fleet, tokenizer, train.prompts, reward, arch)

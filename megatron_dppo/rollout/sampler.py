@@ -87,11 +87,15 @@ class Sampler:
         """Whether samples of an earlier run are answers to the step's prompts, recorded as this run would."""
         rollout = self.config.rollout
         prompts = [prompt for prompt in self.prompts(step) for _ in range(rollout.samples_per_prompt)]
+        if self.config.routing.mode == "rollout":
+            try:
+                check_recorded([sample.trajectory for sample in samples], self.arch)
+            except ValueError:
+                return False
         return len(samples) == len(prompts) and all(
             np.array_equal(sample.trajectory.prompt_ids, prompt.token_ids)
             and sample.trajectory.temperature == rollout.temperature
             and sample.trajectory.topk_ids.shape[1] >= num_recorded_topk(self.config)
-            and (self.config.routing.mode != "rollout" or sample.trajectory.routed_experts is not None)
             for sample, prompt in zip(samples, prompts, strict=True)
         )
 
@@ -212,7 +216,11 @@ class Ahead:
     def restore(self, files: Mapping[int, Path]) -> None:
         """Takes batches that `save` left; those that do not fit this run are sampled anew."""
         for step, path in files.items():
-            samples = load_batch(path)
+            try:
+                samples = load_batch(path)
+            except ValueError as error:  # of another version
+                log.warning("step %d: %s; the checkpoint's batch is sampled anew", step, error)
+                continue
             if self._sampler.fits(step, samples):
                 self._batches[step] = asyncio.create_task(_done(Batch(samples, {})))
             else:
@@ -243,7 +251,8 @@ def batch_metrics(batch: Batch, step: int) -> dict[str, float]:
     metrics["staleness_max"] = float(ages.max(initial=0))
     metrics["too_old"] = float(batch.too_old)
     if routes := [t.routes for t in trajectories if t.routes is not None]:
-        rows = sum(len(valid) for _, valid, _ in routes)
-        metrics["route_bytes_per_token"] = sum(experts.nbytes for experts, *_ in routes) / max(rows, 1)
+        experts = routes[0][0]
+        metrics["route_bytes_per_token"] = float(np.prod(experts.shape[1:]) * experts.itemsize)
+        rows = sum(t.num_tokens - 1 for t in trajectories)
         metrics["routes_invalid_share"] = 1 - sum(int(valid.sum()) for _, valid, _ in routes) / max(rows, 1)
     return metrics

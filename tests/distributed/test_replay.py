@@ -6,6 +6,7 @@ layout replays alike: test_layouts.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,22 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_checkpoint(tmp_path_factory.mktemp(name) / "model", tiny_model(FAMILIES[name][0], seed=8))
 
 
-def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients of transformers' model whose routers take the recorded experts."""
+def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarray], float]:
+    """Loss and gradients of transformers' model whose routers take the recorded experts; and the share of those that
+    they take when nobody forces them."""
     model = read_checkpoint(path)
     model.model.embed_tokens.padding_idx = None  # of which transformers keeps no gradient
     wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    agreed: list[torch.Tensor] = []
+    force = True
 
     def take(layer: int, gate: Any, own_forward: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, _, own = own_forward(hidden)
         experts, valid = (torch.from_numpy(x) for x in wanted[layer])
+        if not force:
+            same = (experts.long()[:, :, None] == own[: len(experts), None, :]).any(-1)
+            agreed.append(same[valid])
+            return own_forward(hidden)
         ids = own.clone()
         ids[: len(experts)] = torch.where(valid[:, None], experts.long(), own[: len(experts)])
         scores = logits.sigmoid() if hasattr(gate, "routed_scaling_factor") else logits.softmax(-1)
@@ -64,13 +72,17 @@ def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarra
         log_p = torch.log_softmax(model(ids[None]).logits[0, len(t.prompt_ids) - 1 : -1], -1)
         chosen = log_p.gather(1, ids[len(t.prompt_ids) :, None])[:, 0]
         ratio = (chosen - torch.from_numpy(t.rollout_logprobs.copy())).detach().exp()
+        force = False
+        with torch.no_grad():
+            model(ids[None])
+        force = True
         counted = torch.from_numpy(t.loss_mask.copy())
         loss = loss - (ratio * torch.from_numpy(sample.advantage.copy()) * chosen)[counted].sum()
         count += int(counted.sum())
     loss = loss / count
     loss.backward()
     gradients = {hub: g for name, p in model.named_parameters() for hub, g in _hub(name, p.grad.numpy())}
-    return float(loss.detach()), gradients
+    return float(loss.detach()), gradients, float(torch.cat(agreed).double().mean())
 
 
 @pytest.mark.parametrize(
@@ -85,16 +97,23 @@ def test_forced_experts_equal_transformers(
     model, layers = FAMILIES[request.node.callspec.params["checkpoint"]]
     scored = with_routes(load_batch(batch), layers, model.num_experts_per_tok)
     case = Case(Parallel(), optimizer="sgd", distributed=False, recompute=recompute, replay=True)
-    settings = config(case, checkpoint, objective=OBJECTIVE)
+    routing = {"mode": "rollout", "measure_every": 1}
+    settings = config(case, checkpoint, objective=OBJECTIVE, routing=routing)
     order = place_batch(tmp_path, 0, scored, groups, settings)
     (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
-    loss, gradients = forced(checkpoint, scored)
+    loss, gradients, agreement = forced(checkpoint, scored)
     assert found.metrics[0]["loss"] == pytest.approx(loss, rel=1e-5)
     for name, value in gradients.items():
         error = np.linalg.norm(found.gradients[name] - value) / np.linalg.norm(value)
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
     assert found.metrics[0]["route_agreement"] < 0.75  # 2 or 4 of 8 experts, by chance 0.25 or 0.5
     assert {f"route_agreement/{layer}" for layer in layers} <= found.metrics[0].keys()
+    assert found.metrics[0]["route_agreement_without_replay"] == pytest.approx(agreement, abs=1e-9)
+    free = config(replace(case, replay=False), checkpoint, objective=OBJECTIVE)
+    (unforced,) = ranks.run(proof, Parallel(), checkpoint, free, order, 1, tmp_path)
+    without = unforced.metrics[0]["mismatch"]
+    assert found.metrics[0]["mismatch_without_replay"] == pytest.approx(without, rel=1e-6)
+    assert found.metrics[0]["mismatch"] != pytest.approx(without, rel=1e-2)
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), TP2_EP2_PP2], ids=["one rank", "tp2 x ep2 x pp2"])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_dppo.rollout.routes import PROBES, probe_routes
+from megatron_dppo.rollout.routes import PROBES, check_recorded, probe_routes
 from megatron_dppo.rollout.trajectory import Trajectory
 from tests.rollout.test_trajectory import make
 
-ARCH: Any = SimpleNamespace(num_experts=200, num_experts_per_tok=5)
+ARCH: Any = SimpleNamespace(num_experts=200, num_experts_per_tok=5, moe_layers=(False, True, True, False, True))
 PROMPTS: Any = [SimpleNamespace(token_ids=np.arange(1, 10, dtype=np.int32)), SimpleNamespace(token_ids=np.arange(5))]
 
 
@@ -57,12 +58,23 @@ def test_every_engine_is_asked() -> None:
     assert [engine.asked for engine in engines] == [PROBES, PROBES]
 
 
+def other_layers(number: int) -> Trajectory:
+    return replace(sound(number), moe_layers=np.array([0, 1, 2], np.int32))
+
+
+def test_an_aborted_sample_may_lack_routes_and_engines_are_told_apart() -> None:
+    check_recorded([sound(1), replace(without(2), finish_reason="abort"), sound(3)], ARCH)
+    with pytest.raises(ValueError, match=r"http://b:2: routes: got experts \[0, 1, 2, 3, 4\] for all \d+ tokens"):
+        check_recorded([*map(sound, range(4)), *(replace(same(i), engine="http://b:2") for i in range(4))], ARCH)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (without, "got no routes"),
         (zeros, "got expert 0 twice"),
         (same, r"got experts \[0, 1, 2, 3, 4\] for all"),
+        (other_layers, r"got routes of layers \[0, 1, 2\], expected the model's \[1, 2, 4\]"),
         (too_large, "got expert 200 at token . of MoE layer 2"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_dppo.config import Config
 from megatron_dppo.data.prompts import Prompt
@@ -154,6 +155,21 @@ def test_batches_that_do_not_fit_are_sampled_anew(
 
     assert [step for step, *_ in asyncio.run(run())] == [0, 1]
     assert "step 0: the checkpoint's batch is not of this run's prompts and settings: sampled anew" in caplog.text
+
+
+def test_a_batch_of_another_format_is_sampled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"format_version": np.array([1], np.int32)}, tmp_path / "queue-1.safetensors")
+
+    async def run() -> list[tuple[int, tuple[int, ...], int]]:
+        sampler = Sampler(config(max_staleness=1))
+        ahead = Ahead(sampler)  # type: ignore[arg-type]
+        ahead.restore({1: tmp_path / "queue-1.safetensors"})
+        ahead.begin(0)
+        await asyncio.sleep(0.001)
+        return sampler.asked
+
+    assert [step for step, *_ in asyncio.run(run())] == [0, 1]
+    assert "step 1: batch columns: got format [1], expected [2]" in caplog.text
 
 
 def test_what_sampling_raises_comes_out_where_it_is_waited_for() -> None:
