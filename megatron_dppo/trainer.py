@@ -181,8 +181,8 @@ class Trainer:
         routes: Sequence[Routes | None],
         tokens: Sequence[RolloutTokens],
     ) -> dict[str, float]:
-        """Of the first gradient step, if routers chose themselves: mean |pi - mu|, and the share of recorded experts that
-        they take; where it is due."""
+        """Of the first gradient step, if routers chose themselves: mean |pi - mu|, and the share of recorded experts
+        that they take; where it is due."""
         every = self.config.routing.measure_every
         if not every or step % every:
             return {}
