@@ -23,6 +23,7 @@ from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -201,7 +202,8 @@ def block_spec(
         attention.core_attention = CausalAttention
         if config.multi_latent_attention:
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
-            attention.q_layernorm = attention.kv_layernorm = LatentNorm
+            attention.kv_layernorm = LatentNorm
+            attention.q_layernorm = IdentityOp if config.q_lora_rank is None else LatentNorm
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.layer_norm = RMSNorm
