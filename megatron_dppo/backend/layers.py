@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,6 +98,17 @@ class LatentNorm(RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
         super().__init__(config, hidden_size, LATENT_NORM_EPS)
+
+
+class LatentAttention(MLASelfAttention):
+    """Multi-latent attention of the linear layers and norms that its spec names.
+
+    megatron-core 0.19 would have queries without a latent normed in a fused layer, which the models do not.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in parts}
 
 
 class CausalAttention(nn.Module):
@@ -202,6 +214,7 @@ def block_spec(
         attention.core_attention = CausalAttention
         if config.multi_latent_attention:
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+            parts.self_attention.module = LatentAttention
             attention.kv_layernorm = LatentNorm
             attention.q_layernorm = IdentityOp if config.q_lora_rank is None else LatentNorm
         elif config.qk_layernorm:

@@ -1,4 +1,5 @@
-"""Real processes over gloo for tests: started once (importing torch and Megatron takes seconds), used by many.
+"""Real processes over gloo for tests, used by many: forked from one that has imported torch and Megatron, which takes
+seconds.
 
 A job is a module-level function `job(parallel, *args)`; it runs on every rank with the process groups of
 `parallel` set up, and what it returns comes back, one a rank. Tensors travel as numpy.
@@ -21,13 +22,15 @@ from megatron_dppo.processes import free_port
 from megatron_dppo.weights.layout import Parallel
 
 TIMEOUT_S = 240.0
+PRELOADED = "tests.distributed.jobs"
 
 
 class RankPool:
     """Up to `size` ranks; `run` uses the first `parallel.ranks` of them."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([PRELOADED])
         self.jobs_done = 0
         self._pipes, self._processes = [], []
         for _ in range(size):
