@@ -89,7 +89,8 @@ def train(config: Config, checkpoint: Path, kill: tuple[str, float] | None) -> b
                         kill_at = now + kill[1]
                     saving = any((run_dir / "checkpoints").glob("*.tmp"))
                     if kill_at is not None and now >= kill_at and (saving or kill[0] == "any"):
-                        victim = chance.choice([*children, None])
+                        # The client takes ranks with it when they have saved.
+                        victim = chance.choice([*children, None] if kill[0] == "any" else children)
                         if victim is not None:
                             os.kill(_process(victim.pid), signal.SIGKILL)
                         return False
