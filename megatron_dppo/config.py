@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_dppo.config_rules import broken_rules
 from megatron_dppo.files import replacing
@@ -236,10 +236,15 @@ class LossConfig(Section):
     skip_zero_advantage: bool = False  # leave tokens without gradient out of the head, and of the metrics' means
 
 
+def _unless_yaml_read_false(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class RoutingConfig(Section):
     """Which experts tokens take in training: those the engine took (R3), those the old policy did, or their own."""
 
-    mode: Literal["off", "rollout", "recompute"] = "off"
+    mode: Annotated[Literal["off", "rollout", "recompute"], BeforeValidator(_unless_yaml_read_false)] = "off"
     measure_every: int = Field(0, ge=0)  # steps; also the mismatch without replay, by one more forward pass; 0: never
 
 

@@ -92,6 +92,7 @@ def test_overrides_are_yaml_values_at_dotted_keys(recipe: dict[str, Any], tmp_pa
         "training.lr=1e-3",
         "run.name=2026",
         "parallel.sequence_parallel=true",
+        "routing.mode=off",  # false, to YAML
     ]
     config = load(recipe, tmp_path, *overrides)
     assert config.training.steps == 50
@@ -100,6 +101,7 @@ def test_overrides_are_yaml_values_at_dotted_keys(recipe: dict[str, Any], tmp_pa
     assert config.objective.overrides == {"cap": math.inf}
     assert config.training.lr == 1e-3
     assert config.run.name == "2026"
+    assert config.routing.mode == "off"
     assert config.parallel.sequence_parallel is True
 
 
@@ -257,6 +259,12 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
         (["rollout.log_topk=16"], "rollout.log_topk: got 16, expected less than"),
         (["data.chat_template=true"], "data.chat_template: got true, expected false"),
         (["data.answer_key=solution"], "data.train: the first line of"),
+        (["routing.measure_every=2"], "routing.measure_every: got 2, which routing.mode off does not use"),
+        (["routing.mode=rollout", "routing.measure_every=2"], None),
+        (
+            ["routing.mode=recompute", "training.packed=false"],
+            "training.packed: got false, expected true: routing.mode",
+        ),
     ],
 )
 def test_each_rule(recipe: dict[str, Any], tmp_path: Path, overrides: list[str], fault: str | None) -> None:
