@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import Proof, proof
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_trainer import GROUPS, SAMPLES, samples
-from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
+from tests.tiny_models import hub_tensors, qwen2_config, tiny_config, tiny_model, write_checkpoint
 
 STEPS = 3
 MOE_LAYERS = (0, 2, 3)  # of "moe"
@@ -29,6 +29,7 @@ LEAST_MARGIN = 1e-4
 MODELS = {
     "moe": (tiny_config(num_layers=4, mlp_only_layers=(1,)), 8),
     "tied": (tiny_config(num_layers=4, tie_word_embeddings=True), 13),
+    "dense": (qwen2_config(), 5),
 }
 
 
@@ -46,6 +47,7 @@ class Case:
     tokens: int | None = 40
     uneven: bool = False
     replay: bool = False  # random routes
+    sequence: Literal["auto", False] = "auto"  # parallelism; experts under tensor parallelism cannot do without
 
 
 def _sgd(parallel: Parallel, **rest: Any) -> Case:
@@ -66,6 +68,8 @@ DP4_EP2 = Parallel(expert=2, ranks=4)
 
 CASES = {
     "tp2": _sgd(TP2),
+    "tp2 of a dense model": Case(TP2, model="dense", sequence=False),
+    "tp2 x cp2 of a dense model": Case(TP2_CP2, model="dense", sequence=False, recompute="full"),
     "tp2 padded, recomputed": Case(TP2, packed=False, recompute="full"),
     "ep2": _sgd(EP2, tokens=32, uneven=True),
     "ep2 adam": Case(EP2, recompute="selective"),
@@ -129,7 +133,8 @@ def config(case: Case, path: Path, **sections: Any) -> Config:
             "run": {"name": "test"},
             "routing": {"mode": "rollout" if case.replay else "off"},
             "model": {"path": str(path), "dtype": "float32"},
-            "parallel": asdict(case.parallel) | {"distributed_optimizer": case.distributed},
+            "parallel": asdict(case.parallel)
+            | {"distributed_optimizer": case.distributed, "sequence_parallel": case.sequence},
             "data": {"train": "unused", "max_prompt_tokens": 8},
             "reward": {"name": "final_answer"},
             "rollout": {"max_response_tokens": 12, "prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES},
@@ -142,7 +147,7 @@ def config(case: Case, path: Path, **sections: Any) -> Config:
                 "optimizer": case.optimizer,
                 "lr": 1e-3 if case.optimizer == "adam" else 1e-1,
                 "weight_decay": 0.1,
-                "no_weight_decay": ["*.mlp.gate.weight"],
+                "no_weight_decay": ["*_proj.bias" if case.model == "dense" else "*.mlp.gate.weight"],
                 "eps": 1e-5,
             },
             **sections,
@@ -191,8 +196,10 @@ def _uneven(scored: list[Scored], replicas: int) -> list[list[list[Scored]]]:
 
 
 @cache
-def on_one_rank(ranks: RankPool, path: Path, shared: Path, optimizer: str, replay: bool = False) -> Proof:
-    case = Case(Parallel(), optimizer=optimizer, distributed=False, replay=replay)
+def on_one_rank(
+    ranks: RankPool, path: Path, shared: Path, optimizer: str, replay: bool = False, model: str = "moe"
+) -> Proof:
+    case = Case(Parallel(), model, optimizer, distributed=False, replay=replay)
     settings = config(case, path)
     (found,) = ranks.run(proof, Parallel(), path, settings, order_of(case, settings, path, shared), STEPS, shared)
     return found
@@ -204,7 +211,7 @@ def test_a_split_changes_nothing(
 ) -> None:
     case = CASES[name]
     path = checkpoints[case.model]
-    expected = on_one_rank(ranks, path, path.parent, case.optimizer, case.replay)
+    expected = on_one_rank(ranks, path, path.parent, case.optimizer, case.replay, case.model)
     assert case.replay or expected.margin >= LEAST_MARGIN
     settings = config(case, path)
     answers = ranks.run(proof, case.parallel, path, settings, order_of(case, settings, path, tmp_path), STEPS, tmp_path)
