@@ -84,6 +84,11 @@ class Architecture:
         return any(self.moe_layers)
 
     @property
+    def moe_layer_numbers(self) -> tuple[int, ...]:
+        """The layers that have experts, counted from 0."""
+        return tuple(layer for layer, is_moe in enumerate(self.moe_layers) if is_moe)
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads

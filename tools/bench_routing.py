@@ -35,15 +35,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from bench_trainer import MODEL, PROMPT, scored
+from bench_trainer import MODEL, PROMPT, one_rank, scored, trainer_of
 
 from megatron_dppo import trainer as trainer_module
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.backend import replay as replay_module
 from megatron_dppo.backend import step as step_module
-from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
-from megatron_dppo.config import Config, objective_of
-from megatron_dppo.control import Control, Inbox
+from megatron_dppo.backend.parallel import finalise_parallel
+from megatron_dppo.config import Config
 from megatron_dppo.data.addition import build_tokenizer
 from megatron_dppo.data.packing import rank_micro_batch
 from megatron_dppo.processes import free_port, start
@@ -55,7 +54,6 @@ from megatron_dppo.rollout.sampler import with_advantages
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
 from megatron_dppo.rollout.vllm import VllmEngine
 from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
-from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.layout import Parallel
 from megatron_dppo.weights.mapping import hub_shapes
 
@@ -116,17 +114,6 @@ def config_of(path: Path, run_dir: Path, mode: str, response: int, **routing: An
             "training": {"steps": 1000, "minibatches": 1, "micro_batch_tokens": LENGTH, "lr": 1e-6},
             "logging": {"tensorboard": False},
         }
-    )
-
-
-def one_rank() -> Any:
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return initialise_parallel(Parallel(), 0)
-
-
-def trainer_of(config: Config, model: Any, optimizer: Any) -> Trainer:
-    return Trainer(
-        config, Inbox(Control.serve(), answers=False, patience_s=1.0), model, optimizer, objective_of(config), {}
     )
 
 

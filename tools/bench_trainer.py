@@ -35,7 +35,9 @@ import torch
 
 from megatron_dppo.architecture import forward_flops, load_architecture
 from megatron_dppo.backend import step as backend_step
-from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
+from megatron_dppo.backend.model import Model
+from megatron_dppo.backend.optimizer import Optimizer
+from megatron_dppo.backend.parallel import Rank, finalise_parallel, initialise_parallel
 from megatron_dppo.config import Config, objective_of, save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Inbox, Orders
 from megatron_dppo.data.packing import imbalance, plan_step
@@ -233,22 +235,29 @@ def _call(phases: dict[str, float], name: str, work: Callable[..., Any], *args: 
         return work(*args, **kwargs)
 
 
+def one_rank() -> Rank:
+    """This process as the only rank."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return initialise_parallel(Parallel(), 0)
+
+
+def trainer_of(config: Config, model: Model, optimizer: Optimizer) -> Trainer:
+    """A trainer that nobody gives orders."""
+    inbox = Inbox(Control.serve(), answers=False, patience_s=1.0)
+    return Trainer(config, inbox, model, optimizer, objective_of(config), {})
+
+
 def steps(sequences: int, rounds: int, root: Path) -> dict[str, Any]:
     """Packed steps, padded ones of sorted lengths (as `training.packed=false`), and padded ones in order of arrival."""
     parameters = write_model(root / "model")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    rank = one_rank()
     torch.set_num_threads(os.cpu_count() or 1)
-    rank = initialise_parallel(Parallel(), 0)
     lengths = np.random.default_rng(0).permutation(np.sort(lengths_of_all())[:: LENGTHS // sequences])
     samples = [scored(int(length), i, int(str(MODEL["vocab_size"]))) for i, length in enumerate(lengths)]
     groups = np.arange(len(samples))
     configs = {packed: config_of(root / "model", root, packed=packed) for packed in (True, False)}
     model, optimizer = with_optimizer(configs[True], load_policy(configs[True], rank))
     arch = model.arch
-
-    def trainer(config: Config) -> Trainer:
-        inbox = Inbox(Control.serve(), answers=False, patience_s=1.0)
-        return Trainer(config, inbox, model, optimizer, objective_of(config), {})
 
     def placed(packed: bool) -> Mapping[str, Any]:
         return place_batch(root, 0, samples, groups, configs[packed], arch)
@@ -268,9 +277,9 @@ def steps(sequences: int, rounds: int, root: Path) -> dict[str, Any]:
             return placed(False)
 
     ways = {
-        "packed": Way(trainer(configs[True]), lambda: placed(True)),
-        "padded, sorted": Way(trainer(configs[False]), lambda: placed(False)),
-        "padded, as they come": Way(trainer(configs[False]), in_order),
+        "packed": Way(trainer_of(configs[True], model, optimizer), lambda: placed(True)),
+        "padded, sorted": Way(trainer_of(configs[False], model, optimizer), lambda: placed(False)),
+        "padded, as they come": Way(trainer_of(configs[False], model, optimizer), in_order),
     }
     for number in range(rounds + 1):
         for way in ways.values():

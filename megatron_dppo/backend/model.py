@@ -6,8 +6,8 @@ The model ends at the hidden states before the output layer (see `layers.HiddenS
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from megatron_dppo.architecture import Architecture, Llama3Rope, load_architectu
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.layers import HiddenStatesOutput, Layers, block_spec, uses_transformer_engine
 from megatron_dppo.backend.parallel import Rank
-from megatron_dppo.backend.replay import Replay, install_replay
+from megatron_dppo.backend.replay import install_replay
 from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.head.statistics import VocabShard
@@ -281,7 +281,6 @@ class Model:
     temperature: float = 1.0
     head_memory: HeadMemory = HeadMemory()
     transformer_engine: bool = False  # whose layers these are, or ours
-    replays: Mapping[int, Replay] = field(default_factory=dict)  # of routers that can replay, by layer
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -370,8 +369,9 @@ def load_model(
     chunks = build_chunks(arch, rank, config, transformer_engine=fused)
     pieces = tuple(layout_of(arch, rank.parallel, rank.rank, fused))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    replays = install_replay(chunks) if replay else {}
-    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory, fused, replays)
+    if replay:
+        install_replay(chunks)
+    model = Model(rank, chunks, config, arch, pieces, device, temperature, head_memory, fused)
     load_pieces(model.weights, pieces, files)
     files.close()
     return model

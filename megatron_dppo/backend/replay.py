@@ -70,13 +70,13 @@ def num_agreed(one: Tensor, other: Tensor, valid: Tensor) -> Tensor:
     return ((one[:, :, None] == other[:, None, :]).any(-1) & valid[:, None]).sum()
 
 
-def install_replay(chunks: Sequence[nn.Module]) -> dict[int, Replay]:
-    """Gives every MoE layer of these chunks a `Replay`; returns them by the layer's number in the model, from 0.
+def install_replay(chunks: Sequence[nn.Module]) -> None:
+    """Gives every MoE layer of these chunks a `Replay`, which knows the layer's number in the model.
 
     Layers of multi-token prediction are none of the decoder's and stay as they are. Raises ValueError for routers that
     choose in a fused kernel or by Sinkhorn's iteration, where nobody asks `Replay`.
     """
-    found: dict[int, Replay] = {}
+    numbers: set[int] = set()
     for layer, router in _routers(chunks):
         config = router.config
         if config.moe_router_fusion:
@@ -84,10 +84,10 @@ def install_replay(chunks: Sequence[nn.Module]) -> dict[int, Replay]:
         if router.routing_type == "sinkhorn":
             raise ValueError("routing.mode: got sinkhorn routing, expected top-k to replay routes")
         number = layer.layer_number - 1
-        assert number not in found, f"two layers are number {number}"
-        found[number] = router.router_replay = Replay(number)
-        layer.register_forward_pre_hook(partial(_hand_over, found[number]), with_kwargs=True)
-    return found
+        assert number not in numbers, f"two layers are number {number}"
+        numbers.add(number)
+        replay = router.router_replay = Replay(number)
+        layer.register_forward_pre_hook(partial(_hand_over, replay), with_kwargs=True)
 
 
 def _routers(chunks: Sequence[nn.Module]) -> Iterator[tuple[TransformerLayer, TopKRouter]]:

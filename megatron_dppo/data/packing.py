@@ -274,9 +274,9 @@ def _routes_of(
     dtype = np.result_type(np.uint8, *recorded)
     routes, routes_valid = np.zeros((width, len(layers), topk), dtype), np.zeros(width, np.bool_)
     for t, start in zip(trajectories, starts.tolist(), strict=True):
-        if t.routes is None and t.finish_reason == "abort":
-            continue
         if t.routes is None:
+            if t.finish_reason == "abort":
+                continue
             raise ValueError(f"sample {t.sample_id}: got no routes, expected those that routing.mode rollout replays")
         experts, valid, found = t.routes
         places = np.searchsorted(found, layers)

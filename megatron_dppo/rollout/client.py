@@ -186,11 +186,10 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if found.max_model_len < longest:
         faults.append(f"a context of {found.max_model_len}, expected at least prompt + response = {longest}")
-    moe_layers = tuple(layer for layer, is_moe in enumerate(arch.moe_layers) if is_moe)
     if config.routing.mode == "rollout" and not found.routed_experts:
         faults.append("no recorded routes, expected them for routing.mode rollout (--enable-return-routed-experts)")
-    elif config.routing.mode == "rollout" and found.moe_layers != moe_layers:
-        faults.append(f"routes of layers {found.moe_layers}, expected the model's {moe_layers}")
+    elif config.routing.mode == "rollout" and found.moe_layers != arch.moe_layer_numbers:
+        faults.append(f"routes of layers {found.moe_layers}, expected the model's {arch.moe_layer_numbers}")
     if found.max_logprobs < (needed := num_recorded_topk(config) + 1):
         faults.append(f"at most {found.max_logprobs} log-probs, expected {needed} (--max-logprobs)")
     if faults:

@@ -20,7 +20,7 @@ def check_recorded(trajectories: Sequence[Trajectory], arch: Architecture) -> No
 
     A sample that was aborted may have none.
     """
-    moe_layers = [layer for layer, is_moe in enumerate(arch.moe_layers) if is_moe]
+    moe_layers = list(arch.moe_layer_numbers)
     of_engines: dict[str, list[tuple[Array, Array]]] = {}
     for t in trajectories:
         if t.routes is None and t.finish_reason == "abort":

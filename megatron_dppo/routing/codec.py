@@ -25,9 +25,7 @@ def check_routes(experts: Experts, valid: npt.NDArray[np.bool_], *, num_experts:
         row, layer, place = np.argwhere(found >= num_experts)[0].tolist()
         got = found[row, layer, place]
         raise ValueError(f"routes: got expert {got} at token {rows[row]} {_of(layer)}, expected below {num_experts}")
-    columns = np.ascontiguousarray(
-        np.moveaxis(found, 2, 0)
-    )  # to compare them pairwise is several times as fast as to sort
+    columns = np.ascontiguousarray(np.moveaxis(found, 2, 0))  # compared pairwise, several times as fast as sorted
     twice = np.zeros(columns.shape[1:], np.bool_)
     for one, other in itertools.combinations(columns, 2):
         twice |= one == other

@@ -26,8 +26,6 @@ from tests.distributed.test_trainer import samples
 from tests.tiny_models import deepseek_config, read_checkpoint, tiny_model, write_checkpoint
 
 OBJECTIVE = {"name": "pg_is"}  # a coefficient of pi / mu A
-
-
 FAMILIES = {"qwen3_moe": (MODELS["moe"][0], MOE_LAYERS), "deepseek_v3": (deepseek_config(), (1,))}
 
 
@@ -47,12 +45,12 @@ def forced(path: Path, scored: list[Scored]) -> tuple[float, dict[str, np.ndarra
     force = True
 
     def take(layer: int, gate: Any, own_forward: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits, _, own = own_forward(hidden)
+        logits, _, own = answer = own_forward(hidden)
         experts, valid = (torch.from_numpy(x) for x in wanted[layer])
         if not force:
             same = (experts.long()[:, :, None] == own[: len(experts), None, :]).any(-1)
             agreed.append(same[valid])
-            return own_forward(hidden)
+            return answer
         ids = own.clone()
         ids[: len(experts)] = torch.where(valid[:, None], experts.long(), own[: len(experts)])
         scores = logits.sigmoid() if hasattr(gate, "routed_scaling_factor") else logits.softmax(-1)
