@@ -1,0 +1,320 @@
+"""What engines behind HTTP have in common: the order of things, and which weights each token is from.
+
+A client stamps every token with the version it committed itself. For that to be true nothing of its own may
+be in flight while weights change, also not on the way to the server, where a paused engine would queue it and
+sample it later from the new weights: `pause` therefore first empties the client, and `generate` is refused
+until `resume` or `commit`.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+from uuid import uuid4
+
+from megatron_dppo.rollout.engine import (
+    Capabilities,
+    EngineError,
+    EngineNotReady,
+    EngineRestarted,
+    PauseMode,
+    Sampling,
+    Update,
+)
+from megatron_dppo.rollout.http_client import HttpClient
+from megatron_dppo.rollout.trajectory import Trajectory
+
+State = Literal["ready", "paused", "updating", "unusable"]
+ABORT_POLL_S = 0.2
+
+
+@dataclass
+class Flight:
+    """A request at the engine: which of its tokens come from which weights, as (first token, version)."""
+
+    spans: list[tuple[int, int]]
+    tokens: int = 0  # sampled when it was last held
+
+
+class HttpEngine(abc.ABC):
+    """One server, as `engine.RolloutEngine` wants it; use it from one event loop. Subclasses know its routes.
+
+    Args:
+        concurrency: `generate` calls sent at a time; further ones wait in the client.
+        timeout_s, connect_timeout_s, attempts, backoff_s: as for `HttpClient`. What changes weights is sent once.
+    """
+
+    sampling_path: ClassVar[str]
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int = 64,
+        timeout_s: float = 600.0,
+        connect_timeout_s: float = 10.0,
+        attempts: int = 4,
+        backoff_s: float = 0.25,
+    ) -> None:
+        self.http = HttpClient(
+            url,
+            connections=concurrency,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            attempts=attempts,
+            backoff_s=backoff_s,
+            sampling_path=self.sampling_path,
+        )
+        self.url = self.http.url
+        self._slots = asyncio.Semaphore(concurrency)
+        self._probing = asyncio.Lock()
+        self._capabilities: Capabilities | None = None
+        self._version = 0  # of the weights in use, as this client knows; asked from the engine by the probe
+        self._updates = 0  # that the engine has taken since its start: tells one that was restarted
+        self._staged_version: int | None = None
+        self._state: State = "ready"
+        self._in_flight = 0
+        self._flights: dict[str, Flight] = {}  # by the id that the server knows
+        self._held = False  # requests are kept in a paused server
+        self._open = asyncio.Event()  # set when `generate` need not wait for held requests to go on
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- what a subclass knows ----
+
+    @abc.abstractmethod
+    async def _probe(self) -> Capabilities:
+        """Asks the server what it is. Raises EngineError for one that will not do."""
+
+    @abc.abstractmethod
+    async def _weights(self) -> tuple[int, int]:
+        """Version of the weights in use (-1 unusable), and how many updates the engine has taken since its start."""
+
+    @abc.abstractmethod
+    def _request(
+        self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, wire_id: str
+    ) -> dict[str, Any]:
+        """The JSON of a sample. Raises ValueError as `RolloutEngine.generate` says."""
+
+    @abc.abstractmethod
+    def _parse(
+        self,
+        facts: Capabilities,
+        answer: dict[str, Any],
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        spans: Sequence[tuple[int, int]],
+        request_id: str,
+        group_id: str,
+    ) -> Trajectory:
+        """A validated trajectory from the answer. Raises EngineBadAnswer that says what is wrong with it."""
+
+    @abc.abstractmethod
+    async def _pause_server(self, mode: PauseMode) -> None: ...
+
+    @abc.abstractmethod
+    async def _resume_server(self) -> None: ...
+
+    @abc.abstractmethod
+    async def _progress(self) -> Mapping[str, int]:
+        """How many tokens each held request has, by the id that the client sent; those without any may be missing."""
+
+    @abc.abstractmethod
+    async def _hand_over(self, update: Update) -> None:
+        """Gives an update to the engine, whose sampling is paused, and has it checked."""
+
+    @abc.abstractmethod
+    async def _put_in_use(self, version: int) -> int:
+        """Has the engine take what it was given and forget what it cached; returns its number of updates."""
+
+    @abc.abstractmethod
+    async def _discard(self) -> int:
+        """Has the engine forget what it was given; returns the version of the weights that it has."""
+
+    # ---- facts ----
+
+    async def capabilities(self) -> Capabilities:
+        async with self._probing:
+            if self._capabilities is None:
+                found = await self._probe()
+                self._version, self._updates = await self._weights()
+                if self._version < 0:
+                    self._state = "unusable"
+                self._capabilities = found
+            return self._capabilities
+
+    async def version(self) -> int:
+        return (await self._weights())[0]
+
+    async def health(self) -> None:
+        await self.capabilities()
+        await self.http.retrying("GET", "/health", parse=False)
+        await self._check_version()
+
+    async def rejoin(self) -> None:
+        self._capabilities, self._staged_version, self._state = None, None, "ready"
+        self._release()
+        await self.capabilities()
+
+    async def _check_version(self) -> None:
+        version, updates = await self._weights()
+        if (version, updates) != (self._version, self._updates):
+            raise EngineRestarted(
+                self.url,
+                f"got weights of version {version}, expected {self._version} (updates since its start: {updates}, "
+                f"expected {self._updates}): restarted, or updated by another client; send it the current weights",
+            )
+
+    # ---- sampling ----
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
+    ) -> Trajectory:
+        facts = await self.capabilities()
+        wire_id = f"{request_id}.{uuid4().hex}"  # two samples, or another client's, may have the same id
+        body = self._request(facts, prompt_ids, sampling, wire_id)
+        await self._open.wait()
+        async with self._flight(), self._slots:
+            await self._open.wait()
+            self._require_ready()  # again: it may have been paused while this call waited for its slot
+            flight = self._flights[wire_id] = Flight([(0, self._version)])
+            try:
+                answer = await self.http.retrying(
+                    "POST", self.sampling_path, body, before_repeating=partial(self._begin_anew, flight)
+                )
+            finally:
+                del self._flights[wire_id]
+        return self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
+
+    async def _begin_anew(self, flight: Flight) -> None:
+        """Makes sure that no restart brought other weights."""
+        await self._open.wait()  # in the middle of an update it has neither weights
+        self._require_ready()
+        await self._check_version()
+        flight.spans, flight.tokens = [(0, self._version)], 0
+
+    @contextlib.asynccontextmanager
+    async def _flight(self) -> AsyncIterator[None]:
+        """Count a request of this client as in flight, its wait for a slot included."""
+        self._require_ready()
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+
+    def _require_ready(self) -> None:
+        why = {
+            "paused": "it is paused, expected resume() first",
+            "updating": "a weight update is under way, expected commit() or abort_update() first",
+            "unusable": "its weights are unusable after a failed update, expected a full update first",
+        }
+        if self._state != "ready":
+            raise EngineNotReady(self.url, f"generate refused: {why[self._state]}")
+
+    async def pause(self, mode: PauseMode) -> None:
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"pause: got mode {mode!r}, expected one of {', '.join(get_args(PauseMode))}")
+        if self._state == "updating":
+            raise EngineError(self.url, "pause refused: the engine is updating")
+        if self._held and mode != "keep":
+            raise EngineError(self.url, "pause refused: requests are held, expected resume() or an update first")
+        if self._state == "ready":  # an unusable one stays so until a full update has succeeded
+            self._state = "paused"
+        if mode == "keep":
+            self._held = True
+            self._open.clear()
+            try:
+                await self._pause_server(mode)
+                await self._count_tokens()
+            except EngineError:
+                self._release()  # nobody waits for what may never go on
+                raise
+            return
+        if mode == "wait":
+            await self._idle.wait()
+        await self._pause_server(mode)
+        while not self._idle.is_set():
+            # A request that was on its way arrived after the abort and waits in the paused server: again.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), ABORT_POLL_S)
+                break
+            await self._pause_server(mode)
+
+    def _release(self) -> None:
+        self._held = False
+        self._open.set()
+
+    async def _count_tokens(self) -> None:
+        """How far every held request has come; one that the engine never saw has no token yet."""
+        progress = await self._progress()
+        for wire_id, flight in self._flights.items():
+            flight.tokens = max(flight.tokens, progress.get(wire_id, 0))
+
+    async def resume(self) -> None:
+        if self._state not in ("ready", "paused"):
+            raise EngineError(self.url, f"resume refused: the engine is {self._state}")
+        await self._resume_server()
+        self._state = "ready"
+        self._release()
+
+    # ---- weights ----
+
+    async def begin_update(self, version: int, update: Update) -> None:
+        if version != update.version:
+            raise ValueError(f"begin_update: got version {version}, expected the update's {update.version}")
+        await self.capabilities()
+        if self._in_flight and not self._held:
+            raise EngineError(self.url, f"update refused: {self._in_flight} requests in flight, expected pause() first")
+        if self._staged_version is not None:
+            raise EngineError(
+                self.url, "update refused: another is handed over, expected commit() or abort_update() first"
+            )
+        if self._state != "unusable":  # over a group the model changes as numbers come, from a file at `commit`
+            self._state = "unusable" if update.transport == "group" else "updating"
+        if not self._held:
+            await self._pause_server("wait")  # no-op after pause(); else for requests of other clients
+        try:
+            await self._hand_over(update)
+        except EngineError:
+            if self._state == "unusable":
+                self._open.set()  # who waits for held requests to go on learns that they do not
+            raise
+        self._staged_version = version
+
+    async def commit(self) -> None:
+        if self._staged_version is None:
+            raise EngineError(self.url, "commit refused: no update was handed over, expected begin_update() first")
+        version, self._staged_version = self._staged_version, None
+        self._state = "unusable"  # until all of this has succeeded
+        updates = await self._put_in_use(version)
+        for flight in self._flights.values():
+            flight.spans.append((flight.tokens, version))
+        await self._resume_server()
+        self._version, self._updates, self._state = version, updates, "ready"
+        self._release()
+
+    async def abort_update(self) -> None:
+        self._staged_version = None
+        found = await self._discard()
+        if found < 0 or found != self._version:
+            self._state = "unusable"
+            raise EngineError(
+                self.url,
+                f"abort_update: got weights of version {found}, expected {self._version}; send a full update",
+            )
+        await self._resume_server()
+        self._state = "ready"
+        self._release()
+
+    async def close(self) -> None:
+        await self.http.close()
