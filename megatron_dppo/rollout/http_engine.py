@@ -33,12 +33,17 @@ State = Literal["ready", "paused", "updating", "unusable"]
 ABORT_POLL_S = 0.2
 
 
-@dataclass
+@dataclass(eq=False)
 class Flight:
     """A request at the engine: which of its tokens come from which weights, as (first token, version)."""
 
+    wire_id: str  # by which the server knows it: two samples, or another client's, may have the same id
     spans: list[tuple[int, int]]
     tokens: int = 0  # sampled when it was last held
+
+
+def wire_id(request_id: str) -> str:
+    return f"{request_id}.{uuid4().hex}"
 
 
 class HttpEngine(abc.ABC):
@@ -50,6 +55,7 @@ class HttpEngine(abc.ABC):
     """
 
     sampling_path: ClassVar[str]
+    id_field: ClassVar[str]  # of a request
 
     def __init__(
         self,
@@ -79,7 +85,7 @@ class HttpEngine(abc.ABC):
         self._staged_version: int | None = None
         self._state: State = "ready"
         self._in_flight = 0
-        self._flights: dict[str, Flight] = {}  # by the id that the server knows
+        self._flights: set[Flight] = set()
         self._held = False  # requests are kept in a paused server
         self._open = asyncio.Event()  # set when `generate` need not wait for held requests to go on
         self._open.set()
@@ -98,9 +104,9 @@ class HttpEngine(abc.ABC):
 
     @abc.abstractmethod
     def _request(
-        self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, wire_id: str
+        self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str
     ) -> dict[str, Any]:
-        """The JSON of a sample. Raises ValueError as `RolloutEngine.generate` says."""
+        """The JSON of a sample but for its id. Raises ValueError as `RolloutEngine.generate` says."""
 
     @abc.abstractmethod
     def _parse(
@@ -177,27 +183,32 @@ class HttpEngine(abc.ABC):
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
         facts = await self.capabilities()
-        wire_id = f"{request_id}.{uuid4().hex}"  # two samples, or another client's, may have the same id
-        body = self._request(facts, prompt_ids, sampling, wire_id)
+        body = self._request(facts, prompt_ids, sampling, request_id)
         await self._open.wait()
         async with self._flight(), self._slots:
             await self._open.wait()
             self._require_ready()  # again: it may have been paused while this call waited for its slot
-            flight = self._flights[wire_id] = Flight([(0, self._version)])
+            flight = Flight(wire_id(request_id), [(0, self._version)])
+            body[self.id_field] = flight.wire_id
+            self._flights.add(flight)
             try:
                 answer = await self.http.retrying(
-                    "POST", self.sampling_path, body, before_repeating=partial(self._begin_anew, flight)
+                    "POST",
+                    self.sampling_path,
+                    body,
+                    before_repeating=partial(self._begin_anew, flight, body, request_id),
                 )
             finally:
-                del self._flights[wire_id]
+                self._flights.remove(flight)
         return self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
 
-    async def _begin_anew(self, flight: Flight) -> None:
-        """Makes sure that no restart brought other weights."""
+    async def _begin_anew(self, flight: Flight, body: dict[str, Any], request_id: str) -> None:
+        """Makes sure that no restart brought other weights. The server may still have what was sent before."""
         await self._open.wait()  # in the middle of an update it has neither weights
         self._require_ready()
         await self._check_version()
         flight.spans, flight.tokens = [(0, self._version)], 0
+        flight.wire_id = body[self.id_field] = wire_id(request_id)
 
     @contextlib.asynccontextmanager
     async def _flight(self) -> AsyncIterator[None]:
@@ -257,8 +268,8 @@ class HttpEngine(abc.ABC):
     async def _count_tokens(self) -> None:
         """How far every held request has come; one that the engine never saw has no token yet."""
         progress = await self._progress()
-        for wire_id, flight in self._flights.items():
-            flight.tokens = max(flight.tokens, progress.get(wire_id, 0))
+        for flight in self._flights:
+            flight.tokens = max(flight.tokens, progress.get(flight.wire_id, 0))
 
     async def resume(self) -> None:
         if self._state not in ("ready", "paused"):
@@ -297,7 +308,7 @@ class HttpEngine(abc.ABC):
         version, self._staged_version = self._staged_version, None
         self._state = "unusable"  # until all of this has succeeded
         updates = await self._put_in_use(version)
-        for flight in self._flights.values():
+        for flight in self._flights:
             flight.spans.append((flight.tokens, version))
         await self._resume_server()
         self._version, self._updates, self._state = version, updates, "ready"

@@ -26,6 +26,7 @@ class VllmEngine(HttpEngine):
     """One vLLM server. Implements `engine.RolloutEngine`."""
 
     sampling_path = "/inference/v1/generate"
+    id_field = "request_id"
 
     # ---- facts ----
 
@@ -82,9 +83,9 @@ class VllmEngine(HttpEngine):
     # ---- sampling ----
 
     def _request(
-        self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, wire_id: str
+        self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str
     ) -> dict[str, Any]:
-        return request_body(facts, prompt_ids, sampling, wire_id)
+        return request_body(facts, prompt_ids, sampling, request_id)
 
     def _parse(
         self,

@@ -27,7 +27,7 @@ def num_asked(sampling: Sampling, vocab_size: int) -> int:
 
 
 def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> dict[str, Any]:
-    """The JSON of a request. Raises ValueError as `RolloutEngine.generate` says."""
+    """The JSON of a request but for its id. Raises ValueError as `RolloutEngine.generate` says."""
     ids = np.asarray(prompt_ids)
     if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt {request_id}: got {ids.dtype}{list(ids.shape)}, expected at least one integer id")
@@ -48,7 +48,6 @@ def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampl
             "(the server's --max-logprobs less one)"
         )
     return {
-        "request_id": request_id,
         "token_ids": ids.tolist(),
         "sampling_params": {
             "temperature": sampling.temperature,
