@@ -12,7 +12,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_dppo.control import connect_store
 from megatron_dppo.rollout import vllm_cpu
-from megatron_dppo.rollout.vllm_worker import WorkerExtension, answering
+from megatron_dppo.rollout.vllm_worker import WorkerExtension
+from megatron_dppo.rollout.worker_weights import answering
 from megatron_dppo.weights.hub_files import typed
 
 
@@ -22,35 +23,35 @@ class BenchExtension(WorkerExtension):
     @answering
     def bench_broadcast(self, address: str, name: str, bucket_bytes: int) -> dict[str, Any]:
         """Takes whole tensors, broadcast by number 0 of a group, and of each what this worker keeps."""
-        engine = self.weight_transfer_engine
+        weights = self.weight_transfer_engine.weights
         if not hasattr(self, "_bench_group"):
             store = connect_store(address, TIMEOUT.total_seconds())
-            size = engine.parallel_config.world_size + 1
+            size = self.weight_transfer_engine.parallel_config.world_size + 1
             prefixed = dist.PrefixStore(name, store)
-            self._bench_group: Any = dist.ProcessGroupGloo(prefixed, engine.worker + 1, size, TIMEOUT)
+            self._bench_group: Any = dist.ProcessGroupGloo(prefixed, weights.worker + 1, size, TIMEOUT)
         boxes: dict[str, list[Any]] = {}
-        for tensor, start, stop in engine.reload.boxes:
+        for tensor, start, stop in weights.reload.boxes:
             boxes.setdefault(tensor, []).append((start, stop))
-        engine.reload.begin()
-        for bucket in buckets_of(engine.tensors, bucket_bytes):
+        weights.reload.begin()
+        for bucket in buckets_of(weights.tensors, bucket_bytes):
             last, at = bucket[-1]
-            buffer = torch.empty(at + engine.tensors[last].nbytes, dtype=torch.uint8)
+            buffer = torch.empty(at + weights.tensors[last].nbytes, dtype=torch.uint8)
             self._bench_group.broadcast(buffer, 0).wait()
             for tensor, at in bucket:
-                whole = typed(buffer[at:], engine.tensors[tensor].dtype, engine.tensors[tensor].shape)
+                whole = typed(buffer[at:], weights.tensors[tensor].dtype, weights.tensors[tensor].shape)
                 for low, high in boxes.get(tensor, ()):
                     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-                    engine.reload.place(tensor, low, high, whole[box].contiguous())
-        engine.reload.finish()
+                    weights.reload.place(tensor, low, high, whole[box].contiguous())
+        weights.reload.finish()
         return {}
 
     @answering
     def bench_load(self, seed: int) -> dict[str, Any]:
         """Gives vLLM's own loaders everything."""
-        engine = self.weight_transfer_engine
+        engine, tensors = self.weight_transfer_engine, self.weight_transfer_engine.weights.tensors
         vllm_cpu.before_reload(engine.model)
         initialize_layerwise_reload(engine.model)
-        engine.model.load_weights((name, numbers(name, info, seed)) for name, info in engine.tensors.items())
+        engine.model.load_weights((name, numbers(name, info, seed)) for name, info in tensors.items())
         finalize_layerwise_reload(engine.model, engine.model_config)
         vllm_cpu.after_reload(engine.model)
         return {}
@@ -67,5 +68,5 @@ class BenchExtension(WorkerExtension):
                 inputs = torch.linspace(-1, 1, 2 * module.input_size_per_partition).view(2, -1).to(module.params_dtype)
                 computed = module.quant_method.apply(module, inputs, None)
                 crc = zlib.crc32(computed.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-        receiver = self.weight_transfer_engine._members
+        receiver = self.weight_transfer_engine.weights._members
         return {"crc32": crc, "staging_bytes": receiver[1].staging_bytes if receiver else 0}

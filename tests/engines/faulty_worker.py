@@ -48,7 +48,7 @@ class FaultyExtension(WorkerExtension):
         return {}
 
     def _at_box(self, after: int, what: Callable[..., Any]) -> dict[str, Any]:
-        reload: Any = self.weight_transfer_engine.reload
+        reload: Any = self.weight_transfer_engine.weights.reload
         sound, taken = reload.place, 0
 
         def faulty(*args: Any) -> None:
@@ -90,7 +90,7 @@ class FaultyExtension(WorkerExtension):
 
     def test_whole(self) -> dict[str, str]:
         """The tensors that this worker takes whole, and why."""
-        return self.weight_transfer_engine.reload.whole
+        return self.weight_transfer_engine.weights.reload.whole
 
 
 def _crc32(tensor: torch.Tensor) -> int:
