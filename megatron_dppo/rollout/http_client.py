@@ -61,11 +61,17 @@ class HttpClient:
         self._sampling_path = sampling_path
 
     async def once(
-        self, verb: str, path: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None
+        self,
+        verb: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        params: dict[str, str] | None = None,
+        *,
+        parse: bool = True,
     ) -> dict[str, Any]:
         """Send a request that must not be repeated blindly."""
         try:
-            return await self._send(verb, path, body, params)
+            return await self._send(verb, path, body, params, parse=parse)
         except TRANSPORT_ERRORS as error:
             raise EngineUnreachable(self.url, f"{path}: {_described(error)}") from error
         except _ServerFault as error:
@@ -129,6 +135,8 @@ class HttpClient:
             self._sampling = aiohttp.ClientSession(self.url, timeout=self._timeout, connector=kept)
             fresh = aiohttp.TCPConnector(force_close=True)
             self._control = aiohttp.ClientSession(self.url, timeout=self._timeout, connector=fresh)
+        if self._control.closed:
+            raise EngineUnreachable(self.url, f"{path}: this client was closed")
         return self._sampling if path == self._sampling_path else self._control
 
     async def close(self) -> None:

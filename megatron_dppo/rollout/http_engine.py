@@ -28,6 +28,8 @@ from megatron_dppo.rollout.engine import (
 )
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.trajectory import Trajectory
+from megatron_dppo.weights.fingerprint import MODULUS
+from megatron_dppo.weights.layout import Box
 
 State = Literal["ready", "paused", "updating", "unusable"]
 ABORT_POLL_S = 0.2
@@ -40,6 +42,7 @@ class Flight:
     wire_id: str  # by which the server knows it: two samples, or another client's, may have the same id
     spans: list[tuple[int, int]]
     tokens: int = 0  # sampled when it was last held
+    held: bool = False  # by a pause that keeps requests
 
 
 def wire_id(request_id: str) -> str:
@@ -103,6 +106,14 @@ class HttpEngine(abc.ABC):
         """Version of the weights in use (-1 unusable), and how many updates the engine has taken since its start."""
 
     @abc.abstractmethod
+    async def _worker_layouts(self) -> list[dict[str, Any]]:
+        """Every worker's `worker_weights.WorkerWeights.layout`."""
+
+    @abc.abstractmethod
+    async def _worker_fingerprints(self) -> list[dict[str, Any]]:
+        """Every worker's `worker_weights.WorkerWeights.received`."""
+
+    @abc.abstractmethod
     def _request(
         self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str
     ) -> dict[str, Any]:
@@ -120,6 +131,10 @@ class HttpEngine(abc.ABC):
         group_id: str,
     ) -> Trajectory:
         """A validated trajectory from the answer. Raises EngineBadAnswer that says what is wrong with it."""
+
+    async def _abort(self, wire_id: str) -> None:
+        """Has the server forget a request for which nobody waits any more, where it would not see that at once."""
+        return
 
     @abc.abstractmethod
     async def _pause_server(self, mode: PauseMode) -> None: ...
@@ -158,6 +173,25 @@ class HttpEngine(abc.ABC):
     async def version(self) -> int:
         return (await self._weights())[0]
 
+    async def layout(self) -> list[list[Box]]:
+        answers = sorted(await self._worker_layouts(), key=lambda answer: int(answer["worker"]))
+        return [[*map(Box.from_json, answer["boxes"])] for answer in answers]
+
+    async def checksum(self) -> dict[str, int]:
+        answers = sorted(await self._worker_fingerprints(), key=lambda answer: int(answer["worker"]))
+        found: dict[str, dict[tuple[Box, ...], int]] = {}
+        for boxes, answer in zip(await self.layout(), answers, strict=True):
+            kept: dict[str, list[Box]] = {}
+            for box in boxes:
+                kept.setdefault(box.tensor, []).append(box)
+            for name, value in answer["fingerprints"].items():
+                same = found.setdefault(name, {})
+                if same.setdefault(tuple(kept[name]), value) != value:
+                    raise EngineError(
+                        self.url, f"checksum: workers that keep the same of {name} received other numbers"
+                    )
+        return {name: sum(of_boxes.values()) % MODULUS for name, of_boxes in found.items()}
+
     async def health(self) -> None:
         await self.capabilities()
         await self.http.retrying("GET", "/health", parse=False)
@@ -182,6 +216,12 @@ class HttpEngine(abc.ABC):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
+        return (await self._sample(prompt_ids, sampling, request_id, group_id))[0]
+
+    async def _sample(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, group_id: str
+    ) -> tuple[Trajectory, bool]:
+        """One request's response, and whether the request was held on its way."""
         facts = await self.capabilities()
         body = self._request(facts, prompt_ids, sampling, request_id)
         await self._open.wait()
@@ -198,9 +238,14 @@ class HttpEngine(abc.ABC):
                     body,
                     before_repeating=partial(self._begin_anew, flight, body, request_id),
                 )
+            except asyncio.CancelledError:
+                with contextlib.suppress(EngineError):
+                    await self._abort(flight.wire_id)
+                raise
             finally:
                 self._flights.remove(flight)
-        return self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
+        trajectory = self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
+        return trajectory, flight.held
 
     async def _begin_anew(self, flight: Flight, body: dict[str, Any], request_id: str) -> None:
         """Makes sure that no restart brought other weights. The server may still have what was sent before."""
@@ -244,6 +289,8 @@ class HttpEngine(abc.ABC):
         if mode == "keep":
             self._held = True
             self._open.clear()
+            for flight in self._flights:
+                flight.held = True
             try:
                 await self._pause_server(mode)
                 await self._count_tokens()

@@ -14,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-import torch.multiprocessing  # noqa: F401  registers how tensors are pickled
+import torch.multiprocessing
 
 LOADER = "megatron_dppo.rollout.sglang_worker.call"
 

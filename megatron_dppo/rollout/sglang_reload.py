@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo.weights.hub_files import TensorInfo
@@ -26,10 +26,7 @@ Box = tuple[str, Index, Index]
 
 
 class Reload:
-    """What one worker's model takes of the hub tensors, and the taking (`worker_weights.Reload`).
-
-    `unread`: hub tensors that no loader of this worker reads.
-    """
+    """What one worker's model takes of the hub tensors, and the taking (`worker_weights.Reload`)."""
 
     def __init__(self, model: Any, tensors: Mapping[str, TensorInfo]) -> None:
         """Follows the loaders; the model is left as it is. `tensors`: all of the checkpoint, under the hub's names.
@@ -44,7 +41,6 @@ class Reload:
         names = {storage_of(parameter.data): name for name, parameter in parameters.items()}
         _check_reached(recording, names, parameters)
         self.whole = recording.whole
-        self.unread = sorted(tensors.keys() - recording.copies.keys() - recording.whole.keys())
         self.boxes: list[Box] = list(recording.boxes())
         self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
         self._names = names

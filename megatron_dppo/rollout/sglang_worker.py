@@ -56,7 +56,7 @@ def _of(model: torch.nn.Module, wanted: Call) -> WorkerWeights:
 def _do(weights: WorkerWeights, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     match method:
         case "layout":
-            return {**weights.layout(), "unread": weights.reload.unread}
+            return weights.layout()
         case "receive":
             weights.discard()
             weights.receive(**arguments)

@@ -15,8 +15,6 @@ from megatron_dppo.rollout.http_client import MESSAGE_CHARS
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.vllm_answer import parse_answer, request_body
-from megatron_dppo.weights.fingerprint import MODULUS
-from megatron_dppo.weights.layout import Box
 
 # vLLM's name of a request: ours, and a suffix of its own.
 AT_SERVER = re.compile("generate-tokens-(.*?)(-[0-9a-f]{8})?")
@@ -59,26 +57,11 @@ class VllmEngine(HttpEngine):
         answer = await self._ask_workers("mdppo_version")
         return int(answer["version"]), int(answer["updates"])
 
-    async def layout(self) -> list[list[Box]]:
-        answers = await self._ask_each_worker("mdppo_boxes")
-        answers.sort(key=lambda answer: int(answer["worker"]))
-        return [[*map(Box.from_json, answer["boxes"])] for answer in answers]
+    async def _worker_layouts(self) -> list[dict[str, Any]]:
+        return await self._ask_each_worker("mdppo_boxes")
 
-    async def checksum(self) -> dict[str, int]:
-        answers = await self._ask_each_worker("mdppo_fingerprints")
-        answers.sort(key=lambda answer: int(answer["worker"]))
-        found: dict[str, dict[tuple[Box, ...], int]] = {}
-        for boxes, answer in zip(await self.layout(), answers, strict=True):
-            kept: dict[str, list[Box]] = {}
-            for box in boxes:
-                kept.setdefault(box.tensor, []).append(box)
-            for name, value in answer["fingerprints"].items():
-                same = found.setdefault(name, {})
-                if same.setdefault(tuple(kept[name]), value) != value:
-                    raise EngineError(
-                        self.url, f"checksum: workers that keep the same of {name} received other numbers"
-                    )
-        return {name: sum(of_boxes.values()) % MODULUS for name, of_boxes in found.items()}
+    async def _worker_fingerprints(self) -> list[dict[str, Any]]:
+        return await self._ask_each_worker("mdppo_fingerprints")
 
     # ---- sampling ----
 

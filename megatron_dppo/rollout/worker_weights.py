@@ -146,8 +146,9 @@ class WorkerWeights:
         self.staged = None
 
     def layout(self) -> dict[str, Any]:
-        """What this worker keeps: `worker` (its number), and its boxes as [tensor, start, stop]."""
-        return {"worker": self.worker, "boxes": self.reload.boxes}
+        """What this worker (`worker`, its number) keeps: `boxes` as [tensor, start, stop]; `unread`, other tensors."""
+        unread = self.tensors.keys() - {name for name, _, _ in self.reload.boxes}
+        return {"worker": self.worker, "boxes": self.reload.boxes, "unread": sorted(unread)}
 
     def state(self) -> dict[str, int]:
         """Version of the weights in use (0: those of the start, -1: unusable after a failed update); updates so far."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -20,12 +19,10 @@ from transformers import PreTrainedModel
 
 from megatron_dppo.processes import Child, free_port, start
 from megatron_dppo.rollout.engine import Manifest, RolloutEngine
-from megatron_dppo.rollout.vllm import VllmEngine
-from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
+from megatron_dppo.rollout.vllm_server import wait_ready
+from tests.engines.kinds import KIND, Kind
 from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
 
-REPOSITORY = Path(__file__).parents[2]
-MAX_LOGPROBS = 40
 READY_DEADLINE_S = 180.0
 
 
@@ -42,7 +39,7 @@ def _no_interpreter() -> Iterator[None]:
 class Served:
     """A running engine and the model that it was started with."""
 
-    name: str
+    kind: Kind
     url: str
     child: Child
     model_dir: Path
@@ -53,7 +50,7 @@ class Served:
 
         @asynccontextmanager
         async def client() -> AsyncIterator[RolloutEngine]:
-            engine = VllmEngine(self.url, **kwargs)
+            engine = self.kind.client(self.url, self.model_dir, **kwargs)
             try:
                 yield engine
             finally:
@@ -78,60 +75,33 @@ def alive(pid: int) -> bool:
         return False
 
 
-def faulty_server(
-    config: pytest.Config, model_dir: Path, port: int, *extra: str, **options: Any
-) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a server whose workers can be told to fail."""
-    argv = server_command(
-        model_dir,
-        port=port,
-        cpu=True,
-        dtype="float32",
-        max_logprobs=MAX_LOGPROBS,
-        max_num_seqs=32,
-        extra=["--worker-extension-cls", "tests.engines.faulty_worker.FaultyExtension", *extra],
-        **options,
-    )
-    env = server_env(cpu=True, cache_root=config.cache.mkdir("vllm"))
-    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
-    return argv, env
-
-
 @contextmanager
 def serving(
     config: pytest.Config,
     directory: Path,
     model: PreTrainedModel,
-    *extra: str,
-    routed_experts: bool = False,
     **options: Any,
 ) -> Iterator[Served]:
     """A server on `model`, in fp32, with what `options` and `extra` add to its command line; it ends with the block."""
     model_dir, port = write_checkpoint(directory / "model", model), free_port()
-    argv, env = faulty_server(config, model_dir, port, *extra, routed_experts=routed_experts, **options)
-    child = start("vllm", argv, env=env, log_path=directory / "server.log")
+    argv, env = KIND.server(config, model_dir, port, **options)
+    child = start(KIND.name, argv, env=env, log_path=directory / "server.log")
     family: list[int] = []
     try:
         url = f"http://127.0.0.1:{port}"
         wait_ready(url, child, READY_DEADLINE_S)
         family = descendants(child.pid)
-        yield Served("vllm", url, child, model_dir, model)
+        yield Served(KIND, url, child, model_dir, model)
     finally:
         child.stop()
         left = [pid for pid in family if alive(pid)]
         assert not left, f"processes {left} of the engine are still running"
 
 
-def tell(url: str, method: str, *args: Any) -> None:
-    """Calls a method of the workers, one of `FaultyExtension` for instance."""
-    answer = httpx.post(f"{url}/collective_rpc", json={"method": method, "args": list(args)}, timeout=60)
-    assert answer.status_code == 200, answer.text
-
-
-@pytest.fixture(scope="session", params=["vllm"])
+@pytest.fixture(scope="session")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # Layer 0 dense, so that the recorded routes of layer 1 alone are right only if layers are told apart.
-    model = tiny_model(tiny_config(mlp_only_layers=(0,)), seed=0)
+    model = tiny_model(tiny_config(mlp_only_layers=(0,) if KIND.dense_layers else ()), seed=0)
     with serving(request.config, tmp_path_factory.mktemp("engine"), model, routed_experts=True) as engine:
         yield engine
 

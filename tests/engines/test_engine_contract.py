@@ -25,7 +25,7 @@ from megatron_dppo.rollout.engine import EngineError, EngineUnreachable, Rollout
 from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import join_turns
-from tests.engines.conftest import MAX_LOGPROBS, Served, alive, descendants, reference_logprobs, share, tell
+from tests.engines.conftest import Served, alive, descendants, reference_logprobs, share
 from tests.tiny_models import EOS_ID
 
 TOLERANCE = 2e-5  # of a log-prob, engine against transformers, both fp32
@@ -78,8 +78,9 @@ def worst(trajectories: list[Trajectory], model: Any) -> float:
 
 def test_capabilities_are_those_of_the_model(served: Served) -> None:
     facts = on(served, lambda engine: engine.capabilities())
-    assert (facts.engine, facts.vocab_size, facts.max_model_len) == (served.name, 64, 256)
-    assert (facts.max_logprobs, facts.routed_experts, facts.moe_layers) == (MAX_LOGPROBS, True, (1,))
+    assert (facts.engine, facts.vocab_size, facts.max_model_len) == (served.kind.name, 64, 256)
+    assert (facts.max_logprobs, facts.routed_experts) == (served.kind.max_logprobs, True)
+    assert facts.moe_layers == ((1,) if served.kind.dense_layers else (0, 1))
     assert facts.dtype == "float32" and facts.engine_version[0].isdigit()
 
 
@@ -108,11 +109,16 @@ def test_topk_entries_are_the_k_most_probable_with_the_sample_inside_and_outside
 
 
 def test_as_many_entries_as_the_engine_gives(served: Served) -> None:
-    (t,) = sample(served, PROMPTS[:1], training(K=MAX_LOGPROBS - 1, max_tokens=4))
-    expected = -np.sort(-reference_logprobs(served.model, t, 1.0), axis=1)[:, : MAX_LOGPROBS - 1]
+    most = served.kind.max_logprobs - 1
+    (t,) = sample(served, PROMPTS[:1], training(K=most, max_tokens=4))
+    expected = -np.sort(-reference_logprobs(served.model, t, 1.0), axis=1)[:, :most]
     np.testing.assert_allclose(t.topk_logprobs, expected, atol=TOLERANCE, rtol=0)
-    with pytest.raises(ValueError, match=f"got K={MAX_LOGPROBS}, expected at most {MAX_LOGPROBS - 1}"):
-        sample(served, PROMPTS[:1], training(K=MAX_LOGPROBS))
+    if most < 64:
+        with pytest.raises(ValueError, match=f"got K={most + 1}, expected at most {most}"):
+            sample(served, PROMPTS[:1], training(K=most + 1))
+    else:  # what is not in the vocabulary is absent
+        (t,) = sample(served, PROMPTS[:1], training(K=most + 1, max_tokens=4))
+        assert (t.topk_ids[:, most] == -1).all() and (t.topk_ids[:, :most] >= 0).all()
 
 
 def test_greedy_takes_the_argmax_also_beside_random_requests(served: Served) -> None:
@@ -165,8 +171,8 @@ def wrong_rows(t: Trajectory, model: Any) -> np.ndarray:
     ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids]).astype(np.int64))
     logits = model(ids[None], output_router_logits=True).router_logits
     expected = logits[-1].topk(2).indices[:-1].sort(dim=-1).values.numpy()
-    assert t.routed_experts.dtype == np.uint8 and t.moe_layers.tolist() == [1] and t.routes_valid.all()
-    return (np.sort(t.routed_experts[:, 0], axis=-1) != expected).any(axis=-1)
+    assert t.routed_experts.dtype == np.uint8 and t.moe_layers[-1] == 1 and t.routes_valid.all()
+    return (np.sort(t.routed_experts[:, -1], axis=-1) != expected).any(axis=-1)
 
 
 def test_routes_are_transformers_choices(served: Served) -> None:
@@ -299,7 +305,7 @@ def test_after_a_refused_update_a_full_one_succeeds(served: Served, original: An
 def test_a_commit_that_fails_half_way_is_cured_by_a_full_update(
     served: Served, other: Any, original: Any, shared_memory: Path, after: int
 ) -> None:
-    tell(served.url, "mdppo_fail_next_load", after)
+    served.kind.tell(served.url, "mdppo_fail_next_load", after)
 
     async def body(engine: RolloutEngine) -> None:
         version = await engine.version()
@@ -347,12 +353,12 @@ def test_an_engine_that_records_no_routes_is_found_before_anything_is_trained(se
 
     async def body(engine: RolloutEngine) -> None:
         await probe_routes([engine], prompts, arch)
-        tell(served.url, "test_forget_routes", True)
+        served.kind.tell(served.url, "test_forget_routes", True)
         try:
             with pytest.raises(ValueError, match=f"engine {served.url}: sample probe-0 of .*: got expert 0 twice"):
                 await probe_routes([engine], prompts, arch)
         finally:
-            tell(served.url, "test_forget_routes", False)
+            served.kind.tell(served.url, "test_forget_routes", False)
         await probe_routes([engine], prompts, arch)
 
     on(served, body)
@@ -469,7 +475,7 @@ def test_pause_abort_ends_requests_with_what_they_have(served: Served) -> None:
 def test_a_cancelled_request_is_aborted_at_the_engine(served: Served) -> None:
     def generated() -> int:
         lines = httpx.get(f"{served.url}/metrics").text.splitlines()
-        return int(sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total")))
+        return int(sum(float(x.split()[-1]) for x in lines if x.startswith(served.kind.generated)))
 
     async def body(engine: RolloutEngine) -> None:
         endless = Sampling(0.0, 200, training=False)

@@ -64,9 +64,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directory = tmp_path_factory.mktemp(request.param)
     other = tiny_model(MODELS[name], seed=1)
     other_dir = write_checkpoint(directory / "other", other)
-    flags = ["--enable-expert-parallel"] if parallel.expert_parallel else []
-    options = {"tensor_parallel_size": parallel.tensor}
-    with serving(request.config, directory, tiny_model(MODELS[name], seed=0), *flags, **options) as served:
+    options = {"tensor_parallel_size": parallel.tensor, "expert_parallel": parallel.expert_parallel}
+    with serving(request.config, directory, tiny_model(MODELS[name], seed=0), **options) as served:
         yield Case(request.param, served, parallel, other, other_dir)
 
 

@@ -20,7 +20,8 @@ from transformers import Qwen3MoeForCausalLM
 from megatron_dppo.data.addition import build_tokenizer, sample_problems, write_problems
 from megatron_dppo.processes import Child, free_port, start, stop_all
 from megatron_dppo.rollout.vllm_server import wait_ready
-from tests.engines.conftest import READY_DEADLINE_S, Served, faulty_server, serving, tell
+from tests.engines.conftest import READY_DEADLINE_S, Served, serving
+from tests.engines.kinds import KIND
 from tests.tiny_models import deepseek_config, tiny_model
 from tools.make_quickstart_input import write_initial_model
 
@@ -30,7 +31,7 @@ GROUP_TIMEOUT_S = 5.0
 ENGINES: dict[str, dict[str, Any]] = {
     "tp1": {},
     "tp2": {"tensor_parallel_size": 2},
-    "tp2_ep": {"tensor_parallel_size": 2, "extra": ["--enable-expert-parallel"]},
+    "tp2_ep": {"tensor_parallel_size": 2, "expert_parallel": True},
 }
 TRAINERS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -86,9 +87,7 @@ def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
     directory = tmp_path_factory.mktemp(request.param)
     write_initial_model(directory / "initial", seed=4, num_layers=4)
     hub = Qwen3MoeForCausalLM.from_pretrained(directory / "initial")
-    options = dict(ENGINES[request.param])
-    extra = options.pop("extra", [])
-    with serving(request.config, directory, hub, *extra, **options) as served:
+    with serving(request.config, directory, hub, **ENGINES[request.param]) as served:
         yield served
 
 
@@ -132,7 +131,7 @@ def test_the_check_fails_where_weights_differ(
     engine: Served, transport: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """Behind the checksum: only the log-probs can tell."""
-    tell(engine.url, "test_damage_next_load", 3)
+    KIND.tell(engine.url, "test_damage_next_load", 3)
     recipe["rollout"]["urls"] = [engine.url]
     check = command(tmp_path, recipe, "sync-check", f"sync.transport={transport}", "--updates", "2", "--json")
     output, _ = check.communicate(timeout=DEADLINE_S)
@@ -160,7 +159,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        argv, env = faulty_server(self.config, self.model, self.port)
+        argv, env = KIND.server(self.config, self.model, self.port)
         self.child = start(f"engine {self.port}", argv, env=env, log_path=self.directory / f"{self.port}.log")
 
     def wait(self) -> None:
@@ -209,11 +208,11 @@ def test_a_run_outlives_its_engines(servers: list[Server], recipe: dict[str, Any
     try:
         wait_until(lambda: engines()[-2:] == [2, 2])
         before = len(engines())
-        tell(stalling.url, "test_stall_next_load", 20, 3 * GROUP_TIMEOUT_S)
+        KIND.tell(stalling.url, "test_stall_next_load", 20, 3 * GROUP_TIMEOUT_S)
         wait_until(lambda: "attempt 1" in client_log.read_text())
         wait_until(lambda: len(engines()) > before + 2)
         assert engines()[-1] == 2, client_log.read_text()
-        tell(dying.url, "test_exit_next_load", 30)
+        KIND.tell(dying.url, "test_exit_next_load", 30)
         wait_until(lambda: engines()[-1] == 1)
         assert f"engine {dying.url}" in client_log.read_text()
         dying.start()
