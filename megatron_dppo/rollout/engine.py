@@ -1,6 +1,6 @@
 """What the project asks of a rollout engine, whichever it is: protocol, requests, facts and errors.
 
-Implementations: `vllm.VllmEngine`. Contract tests, parametrised by engine:
+Implementations: `vllm.VllmEngine`, `sglang.SglangEngine`. Contract tests, for either:
 `tests/engines/test_engine_contract.py`.
 """
 
@@ -47,7 +47,7 @@ class EngineRestarted(EngineError):
 class Capabilities:
     """What a running engine says about itself. Probed, never derived from a version number."""
 
-    engine: str  # "vllm"
+    engine: str  # "vllm" or "sglang"
     engine_version: str
     vocab_size: int  # ids are in [0, vocab_size)
     max_model_len: int  # tokens, prompt and response together
@@ -55,6 +55,7 @@ class Capabilities:
     routed_experts: bool  # whether answers carry the routers' choices
     moe_layers: tuple[int, ...]
     dtype: str
+    seeds: bool  # whether a request's seed is heeded
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,12 @@ class SglangEngine(HttpEngine):
             engine="sglang",
             engine_version=version,
             vocab_size=self._arch.vocab_size,
-            max_model_len=int(info["max_req_input_len"]) + 1,  # SGLang keeps a few positions back
+            max_model_len=int(info["max_req_input_len"]),  # SGLang keeps a few positions of the context back
             max_logprobs=self._arch.vocab_size + 1,
             routed_experts=bool(info["enable_return_routed_experts"]),
             moe_layers=self._arch.moe_layer_numbers,
             dtype=str(info["dtype"]),
+            seeds=bool(info["enable_deterministic_inference"]),
         )
 
     async def _has(self, path: str) -> bool:

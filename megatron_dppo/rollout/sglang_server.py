@@ -13,7 +13,7 @@ import megatron_dppo
 from megatron_dppo.rollout.sglang_call import LOADER
 
 PYTHON_VARIABLE = "MEGATRON_DPPO_SGLANG_PYTHON"  # in the environment: the interpreter that has SGLang
-RESERVED_POSITIONS = 5  # of the context that SGLang gives to no request
+RESERVED_POSITIONS = 6  # of the context that SGLang gives to no request
 DEFAULT_SEQS = 64
 
 

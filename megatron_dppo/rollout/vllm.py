@@ -51,6 +51,7 @@ class VllmEngine(HttpEngine):
             routed_experts=bool(facts["routed_experts"]),
             moe_layers=tuple(facts["moe_layers"]),
             dtype=str(facts["dtype"]),
+            seeds=True,
         )
 
     async def _weights(self) -> tuple[int, int]:

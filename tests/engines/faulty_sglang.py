@@ -50,7 +50,7 @@ def test_forget_routes(forget: bool) -> None:
     capturer: Any = get_global_experts_capturer()
     if forget:
         capturer.device_cache.buffer.zero_()
-        capturer.capture = lambda *_: None
+        capturer.capture = lambda *_, **__: None
     else:
         del capturer.capture
 
