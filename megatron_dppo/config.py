@@ -143,7 +143,7 @@ RewardConfig = Annotated[FinalAnswerReward | MathReward, Field(discriminator="na
 class RolloutConfig(Section):
     """Engines and sampling."""
 
-    engine: Literal["vllm"] = "vllm"
+    engine: Literal["vllm", "sglang"] = "vllm"
     urls: list[str] = []  # running servers; empty: this job starts `engines` of them and ends them
     engines: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)  # tensor parallelism of each engine that this job starts

@@ -183,9 +183,12 @@ def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
 
 def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     """The engine that this job starts can compute the model."""
-    from megatron_dppo.rollout.vllm_server import runs_on_cpu
+    from megatron_dppo.rollout.engines import runs_on_cpu
 
-    if rollout.urls or not runs_on_cpu():
+    if rollout.engine == "sglang":
+        yield from _sglang(rollout, arch)
+        return
+    if rollout.urls or not runs_on_cpu(rollout.engine):
         return
     if arch.latent is not None:
         cached = arch.latent.kv_lora_rank + arch.latent.qk_rope_head_dim
@@ -197,6 +200,15 @@ def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     elif arch.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         yield f"model.path: got head_dim {arch.head_dim}, expected one that vLLM computes on CPU: {sizes}"
+
+
+def _sglang(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
+    if arch.model_type == "qwen3_moe" and not all(arch.moe_layers):
+        yield (
+            "rollout.engine: got sglang, expected vllm: SGLang gives experts to all layers of a Qwen3-MoE model, of "
+            f"which this one has them in {sum(arch.moe_layers)} of {arch.num_layers} (mlp_only_layers, "
+            "decoder_sparse_step)"
+        )
 
 
 def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:

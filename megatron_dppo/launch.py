@@ -24,7 +24,7 @@ from rich.console import Console
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.checkpoints import DIRECTORY, check_resumable, complete_checkpoints, read_state, start_of
-from megatron_dppo.config import Config, num_recorded_topk, objective_of, save_config
+from megatron_dppo.config import Config, objective_of, save_config
 from megatron_dppo.config_rules import is_local
 from megatron_dppo.control import (
     BACKEND_KEY,
@@ -43,9 +43,8 @@ from megatron_dppo.metrics import (
     write_summary,
 )
 from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
-from megatron_dppo.rollout.vllm_server import runs_on_cpu, server_command, server_env, wait_ready
+from megatron_dppo.rollout.engines import runs_on_cpu, server_of, wait_ready
 
-CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 HOST = "127.0.0.1"
 SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
 OUTPUTS = (
@@ -176,7 +175,7 @@ def with_transport(config: Config) -> Config:
     """The config with sync.transport decided. Raises ValueError where it cannot be what was asked for."""
     sync = config.sync
     far = not all(map(is_local, config.rollout.urls))
-    own_gpus = not config.rollout.urls and not runs_on_cpu() and _own_gpus(config)
+    own_gpus = not config.rollout.urls and not runs_on_cpu(config.rollout.engine) and _own_gpus(config)
     if sync.transport == "ipc" and own_gpus:
         raise ValueError("sync.transport: got ipc, expected group: the engines have GPUs that no rank sees")
     if sync.transport != "auto":
@@ -193,24 +192,10 @@ def _own_gpus(config: Config) -> bool:
 
 
 def _start_engine(config: Config, number: int, logs: Path) -> tuple[str, Child]:
-    cpu, ranks = runs_on_cpu(), config.parallel.ranks
+    rollout, ranks, port = config.rollout, config.parallel.ranks, free_port()
+    cpu = runs_on_cpu(rollout.engine)
     separate = not cpu and _own_gpus(config)
-    port = free_port()
-    rollout = config.rollout
-    argv = server_command(
-        config.model.path.absolute(),
-        port=port,
-        cpu=cpu,
-        dtype=rollout.dtype,
-        max_logprobs=num_recorded_topk(config) + 1,  # the sampled token beside the K
-        tensor_parallel_size=rollout.tensor,
-        gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY,
-        max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
-        max_num_seqs=rollout.max_concurrency,
-        routed_experts=config.routing.mode == "rollout",
-        extra=["--enable-expert-parallel"] if rollout.expert_parallel else [],
-    )
-    env = server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
+    argv, env = server_of(config, port=port, cpu=cpu, gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY)
     if not cpu:  # those that no rank and no engine before has; where there are too few, each engine shares others
         import torch
 

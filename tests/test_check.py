@@ -71,6 +71,17 @@ def test_an_untested_vllm_is_pointed_out() -> None:
     assert line == "vLLM 0.34.1 is outside the supported range, >= 0.30 and < 0.34"
 
 
+def test_sglang_is_named_where_it_is_and_its_version_checked() -> None:
+    assert "rollouts by an SGLang 0.5.20.post1 server that a run starts itself" in what_is_possible(
+        EVERYTHING | {"SGLang": "0.5.20.post1"}, num_gpus=1
+    )
+    assert what_is_missing(EVERYTHING | {"SGLang": "0.5.20.post1"}, num_gpus=1) == []
+    for version in ("0.5.17", "0.5.24rc1", "0.6.0"):
+        assert what_is_missing(EVERYTHING | {"SGLang": version}, num_gpus=1) == [
+            f"got SGLang {version}, expected 0.5.18 to 0.5.23"
+        ]
+
+
 def test_the_unrelated_apex_is_not_taken_for_nvidias(tmp_path: Path) -> None:
     unrelated, nvidia = tmp_path / "unrelated", tmp_path / "nvidia"
     unrelated.mkdir()

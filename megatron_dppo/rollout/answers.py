@@ -73,7 +73,7 @@ def routes_fields(recorded: Array, moe_layers: Sequence[int], rows: int, *, abor
     A request that was aborted may come with fewer rows; the missing ones are marked not valid. Raises ValueError.
     """
     if len(recorded) != rows and not aborted:
-        raise ValueError(f"routed_experts: got shape {list(recorded.shape)}, expected [{rows}, {len(moe_layers)}, k]")
+        raise ValueError(f"routed_experts: got shape {list(recorded.shape)}, expected [{rows}, layers, k]")
     layers = np.array(moe_layers, np.int32)
     num_recorded = min(rows, len(recorded))
     experts = np.zeros((rows, len(layers), recorded.shape[2]), recorded.dtype)

@@ -34,11 +34,12 @@ from megatron_dppo.data.packing import Plan, imbalance, plan_step, up_to_multipl
 from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
+from megatron_dppo.rollout.engines import client_of
 from megatron_dppo.rollout.fleet import Fleet
+from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.sampler import MAX_SEED, Ahead, Sampler, batch_metrics, timed
 from megatron_dppo.rollout.trajectory import Scored, save_batch
-from megatron_dppo.rollout.vllm import VllmEngine
 
 MOST_IMBALANCE = 1.05  # of the replicas' work, beyond which the log says why
 
@@ -196,18 +197,11 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
         raise ValueError(f"engine {url}: got {'; '.join(faults)}")
 
 
-async def connect_engines(config: Config) -> tuple[list[VllmEngine], list[Capabilities]]:
+async def connect_engines(config: Config) -> tuple[list[HttpEngine], list[Capabilities]]:
     """Clients of the engines that the environment names, and what those say; raises ValueError for one unfit."""
     rollout, urls = config.rollout, os.environ[ENGINE_URLS_VARIABLE].split(",")
-    engines = [
-        VllmEngine(
-            url,
-            concurrency=max(1, rollout.max_concurrency // len(urls)),
-            timeout_s=rollout.request_timeout_s,
-            attempts=rollout.max_retries + 1,
-        )
-        for url in urls
-    ]
+    arch, concurrency = load_architecture(config.model.path), max(1, rollout.max_concurrency // len(urls))
+    engines = [client_of(config, url, arch, concurrency=concurrency) for url in urls]
     try:
         found = [await engine.capabilities() for engine in engines]
         for url, capabilities in zip(urls, found, strict=True):

@@ -31,10 +31,10 @@ from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineEr
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.sglang_answer import RouteShape, parse_answer, parse_version, request_body, wire_version
 from megatron_dppo.rollout.sglang_call import LOADER, Call, answer_key
+from megatron_dppo.rollout.sglang_server import check_supported
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import join_turns
 
-SUPPORTED = (0, 5, 18), (0, 5, 23)
 STORE_TIMEOUT = timedelta(seconds=30)
 NO_SESSION, SESSION_OPEN = "no weight-update session is open", "session is already open"
 UNUSABLE = -1
@@ -61,9 +61,10 @@ class SglangEngine(HttpEngine):
         info = await self.http.retrying("GET", "/server_info")
         model = await self.http.retrying("GET", "/model_info")
         version = str(info.get("version"))
-        if not SUPPORTED[0] <= _numbers(version) <= SUPPORTED[1]:
-            low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-            raise EngineError(self.url, f"got SGLang {version}, expected {low} to {high}")
+        try:
+            check_supported(version)
+        except ValueError as error:
+            raise EngineError(self.url, str(error)) from error
         if model.get("model_type") != self._arch.model_type:
             raise EngineError(
                 self.url, f"got a model of type {model.get('model_type')}, expected {self._arch.model_type}"
@@ -275,14 +276,3 @@ class SglangEngine(HttpEngine):
     async def close(self) -> None:
         await super().close()
         self._store = None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with."""
-    numbers = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers[:3])

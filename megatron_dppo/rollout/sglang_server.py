@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Literal
 import megatron_dppo
 from megatron_dppo.rollout.sglang_call import LOADER
 
+SUPPORTED = (0, 5, 18), (0, 5, 23)  # first and last version
 PYTHON_VARIABLE = "MEGATRON_DPPO_SGLANG_PYTHON"  # in the environment: the interpreter that has SGLang
 RESERVED_POSITIONS = 6  # of the context that SGLang gives to no request
 DEFAULT_SEQS = 64
@@ -104,3 +107,27 @@ def interpreter() -> str:
             f"(vLLM's pins are others) and set {PYTHON_VARIABLE} to its python"
         )
     return sys.executable
+
+
+def installed_version() -> str | None:
+    """Of the SGLang that `interpreter` has; None where there is none."""
+    try:
+        python = interpreter()
+    except ValueError:
+        return None
+    script = "from importlib.metadata import version; print(version('sglang'))"
+    found = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def check_supported(version: str) -> None:
+    """Raises ValueError for a version that this project was not tested with."""
+    low, high = SUPPORTED
+    if not low <= _numbers(version) <= high:
+        raise ValueError(f"got SGLang {version}, expected {'.'.join(map(str, low))} to {'.'.join(map(str, high))}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The three numbers that a version begins with; what is no number is 0."""
+    digits = [re.match(r"\d*", part) for part in version.split(".")[:3]]
+    return tuple(int(found[0] or 0) if found else 0 for found in digits)

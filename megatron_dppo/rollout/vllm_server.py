@@ -1,20 +1,13 @@
-"""How a vLLM server is started for rollouts: command line, environment, and waiting until it answers."""
+"""How a vLLM server is started for rollouts: command line and environment."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
-
-import httpx
-
-from megatron_dppo.processes import Child
-from megatron_dppo.rollout.engine import EngineUnreachable
 
 WORKER_EXTENSION = "megatron_dppo.rollout.vllm_worker.WorkerExtension"
 TRANSFER_BACKEND = "megatron_dppo"  # of `vllm_worker`
@@ -22,7 +15,6 @@ CPU_BLOCK_SIZE = 32  # CPU blocks are multiples of 32
 # The engine core and its one worker in one process. As two, each spins on sched_yield while the other works, and on a
 # small machine takes the processor from everybody else: sampling on two cores took twice as long.
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-READY_POLL_S = 0.25
 
 
 def server_command(
@@ -98,42 +90,3 @@ def server_env(
             "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         }
     return env
-
-
-def runs_on_cpu() -> bool:
-    """Whether a server started here computes on the CPU: there is no GPU, or the installed vLLM is the CPU build."""
-    import torch
-
-    if torch.cuda.device_count() == 0:
-        return True
-    try:
-        return bool(metadata.version("vllm-cpu"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def wait_ready(url: str, server: Child, deadline_s: float, others: Sequence[Child] = ()) -> None:
-    """Block until the server at `url` answers its health route (23 to 35 s on a small CPU machine).
-
-    others: who wait with it. Raises ChildDied with the end of its log as soon as one of them
-    ends, EngineUnreachable after `deadline_s` seconds.
-    """
-    give_up = time.monotonic() + deadline_s
-    last = "nothing yet"
-    with httpx.Client(timeout=5.0, trust_env=False) as http:
-        while time.monotonic() < give_up:
-            for child in (server, *others):
-                if child.poll() is not None:
-                    raise child.died()
-            try:
-                status = http.get(f"{url}/health").status_code
-                if status == httpx.codes.OK:
-                    return
-                last = f"status {status}"
-            except httpx.TransportError as error:
-                last = f"{type(error).__name__}: {error}"
-            time.sleep(READY_POLL_S)
-    raise EngineUnreachable(
-        url,
-        f"not ready after {deadline_s:.0f} s ({last}); the last lines of {server.log_path}:\n{server.log_tail()}",
-    )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from megatron_dppo.processes import Child, free_port, start
 from megatron_dppo.rollout.engine import Manifest, RolloutEngine
-from megatron_dppo.rollout.vllm_server import wait_ready
+from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND, Kind
 from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
 

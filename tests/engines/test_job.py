@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dppo.data.addition import sample_problems, write_problems
-from megatron_dppo.launch import CACHE_DIR
 from megatron_dppo.processes import free_port, start, stop_on_exit
-from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
+from megatron_dppo.rollout.engines import CACHE_DIR, wait_ready
+from megatron_dppo.rollout.vllm_server import server_command, server_env
 from tests.tiny_models import randomize
 from tools.make_quickstart_input import write_initial_model
 

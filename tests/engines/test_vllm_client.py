@@ -26,9 +26,10 @@ from megatron_dppo.rollout.engine import (
     Manifest,
     Sampling,
 )
+from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.vllm import VllmEngine
-from megatron_dppo.rollout.vllm_server import server_command, server_env, wait_ready
+from megatron_dppo.rollout.vllm_server import server_command, server_env
 
 VOCAB = 8
 SAMPLING = Sampling(1.0, 4, training=True, num_topk_logprobs=2)
