@@ -59,6 +59,7 @@ class HttpEngine(abc.ABC):
 
     sampling_path: ClassVar[str]
     id_field: ClassVar[str]  # of a request
+    health_path: ClassVar[str]  # asks the process that computes, also one that is paused
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class HttpEngine(abc.ABC):
 
     async def health(self) -> None:
         await self.capabilities()
-        await self.http.retrying("GET", "/health", parse=False)
+        await self.http.retrying("GET", self.health_path, parse=False)
         await self._check_version()
 
     async def rejoin(self) -> None:

@@ -45,6 +45,7 @@ class SglangEngine(HttpEngine):
 
     sampling_path = "/generate"
     id_field = "rid"
+    health_path = "/server_info"  # its /health samples a token, which a paused server does not
 
     def __init__(self, url: str, arch: Architecture, **kwargs: Any) -> None:
         super().__init__(url, **kwargs)
@@ -58,7 +59,14 @@ class SglangEngine(HttpEngine):
     # ---- facts ----
 
     async def _probe(self) -> Capabilities:
-        info = await self.http.retrying("GET", "/server_info")
+        try:
+            info = await self.http.retrying("GET", "/server_info")
+        except EngineError as error:
+            if "answered 404" not in str(error):
+                raise
+            raise EngineError(
+                self.url, "it has no /server_info: no SGLang server (what does rollout.engine say?)"
+            ) from error
         model = await self.http.retrying("GET", "/model_info")
         version = str(info.get("version"))
         try:

@@ -25,11 +25,21 @@ class VllmEngine(HttpEngine):
 
     sampling_path = "/inference/v1/generate"
     id_field = "request_id"
+    health_path = "/health"
 
     # ---- facts ----
 
     async def _probe(self) -> Capabilities:
-        facts = await self._ask_workers("mdppo_describe")
+        try:
+            facts = await self._ask_workers("mdppo_describe")
+        except EngineError as error:
+            if "answered 404" not in str(error):
+                raise
+            raise EngineError(
+                self.url,
+                "it has no /collective_rpc: no vLLM server (what does rollout.engine say?), or not started as "
+                "vllm_server.server_command does",
+            ) from error
         if facts["logprobs_mode"].rsplit(".")[-1].lower() != "processed_logprobs":
             raise EngineError(
                 self.url,

@@ -21,6 +21,7 @@ from megatron_dppo.data.addition import sample_problems, write_problems
 from megatron_dppo.processes import free_port, start, stop_on_exit
 from megatron_dppo.rollout.engines import CACHE_DIR, wait_ready
 from megatron_dppo.rollout.vllm_server import server_command, server_env
+from tests.engines.kinds import KIND
 from tests.tiny_models import randomize
 from tools.make_quickstart_input import write_initial_model
 
@@ -50,6 +51,7 @@ def recipe(tmp_path: Path) -> Path:
         },
         "reward": {"name": "final_answer"},
         "rollout": {
+            "engine": KIND.name,
             "dtype": "float32",
             "max_response_tokens": 6,
             "prompts_per_step": 4,

@@ -65,7 +65,7 @@ def recipe(model: Path, tmp_path: Path) -> dict[str, Any]:
         "data": {"train": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 16},
         "reward": {"name": "final_answer"},
         "rollout": {
-            "dtype": "float32", "max_response_tokens": 6, "prompts_per_step": 4, "samples_per_prompt": 4,
+            "engine": KIND.name, "dtype": "float32", "max_response_tokens": 6, "prompts_per_step": 4, "samples_per_prompt": 4,
             "max_retries": 1,
         },
         "sync": {"transport": "group", "bucket_mib": 0.0625, "timeout_s": GROUP_TIMEOUT_S},
