@@ -34,6 +34,7 @@ from megatron_dppo.rollout.sglang_call import LOADER, Call, answer_key
 from megatron_dppo.rollout.sglang_server import check_supported
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import join_turns
+from megatron_dppo.weights.image import shown
 
 STORE_TIMEOUT = timedelta(seconds=30)
 NO_SESSION, SESSION_OPEN = "no weight-update session is open", "session is already open"
@@ -118,12 +119,15 @@ class SglangEngine(HttpEngine):
     async def _worker_layouts(self) -> list[dict[str, Any]]:
         async with self._session():
             answers = await self._call("layout")
-        unread = set.intersection(*(set(answer["unread"]) for answer in answers))
-        if dropped := sorted(name for name in unread if not self._may_be_unread(name)):
+        dropped = [name for name in _in_all(answers, "unread") if not self._may_be_unread(name)]
+        if dropped or (unreached := _in_all(answers, "unreached")):
+            what = (
+                f"reads nothing of {len(dropped)} tensors ({shown(dropped)})"
+                if dropped
+                else f"has {len(unreached)} parameters that no tensor reaches ({shown(unreached)})"
+            )
             raise EngineError(
-                self.url,
-                f"its loaders read nothing of {len(dropped)} tensors, {dropped[0]} for instance, and drop them without "
-                "a word: it does not serve this model",
+                self.url, f"it {what}, without a word: this SGLang does not serve the config.json's model"
             )
         return answers
 
@@ -284,3 +288,8 @@ class SglangEngine(HttpEngine):
     async def close(self) -> None:
         await super().close()
         self._store = None
+
+
+def _in_all(answers: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """What is in a list of every worker's answer; a worker may have nothing but padding of a small vocabulary."""
+    return sorted(set.intersection(*(set(answer[name]) for answer in answers)))

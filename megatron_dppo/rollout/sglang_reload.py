@@ -8,7 +8,6 @@ the loaders' (`/begin_weight_update`, `/end_weight_update`).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo.weights.hub_files import TensorInfo
-from megatron_dppo.weights.image import shown
 from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
 from megatron_dppo.weights.transfer import Index
 
@@ -29,17 +27,14 @@ class Reload:
     """What one worker's model takes of the hub tensors, and the taking (`worker_weights.Reload`)."""
 
     def __init__(self, model: Any, tensors: Mapping[str, TensorInfo]) -> None:
-        """Follows the loaders; the model is left as it is. `tensors`: all of the checkpoint, under the hub's names.
-
-        Raises ValueError where the model has parameters that no tensor of the checkpoint reaches.
-        """
+        """Follows the loaders; the model is left as it is. `tensors`: all of the checkpoint, under the hub's names."""
         self._model = model
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         with torch.no_grad(), torch.device(device), _undone(parameters.values()):
             recording = record(model.load_weights, tensors)
         names = {storage_of(parameter.data): name for name, parameter in parameters.items()}
-        _check_reached(recording, names, parameters)
+        self.unreached = _unreached(recording, names)
         self.whole = recording.whole
         self.boxes: list[Box] = list(recording.boxes())
         self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
@@ -86,20 +81,12 @@ class Reload:
             after()
 
 
-def _check_reached(recording: Recording, names: Mapping[int, str], parameters: Mapping[str, Tensor]) -> None:
+def _unreached(recording: Recording, names: Mapping[int, str]) -> list[str]:
     """SGLang leaves a parameter that it finds no tensor for as it happens to be, and says nothing."""
-    reached: Counter[str] = Counter()
-    for copies in recording.copies.values():
-        for copy in copies:
-            if copy.target in names:
-                reached[names[copy.target]] += 1
     if recording.whole:
-        return  # where loaders compute, what they reach cannot be told
-    if left := sorted(parameters.keys() - reached.keys()):
-        raise ValueError(
-            f"SGLang's model has {len(left)} parameters that no tensor of the checkpoint reaches ({shown(left)}): it "
-            "is not the model of the config.json; this version of SGLang cannot serve it"
-        )
+        return []  # where loaders compute, what they reach cannot be told
+    reached = {copy.target for copies in recording.copies.values() for copy in copies}
+    return sorted(name for storage, name in names.items() if storage not in reached)
 
 
 class _PutBack(TorchDispatchMode):

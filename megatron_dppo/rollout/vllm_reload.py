@@ -61,6 +61,7 @@ class Reload:
             tensor.data.copy_(before)
         _widen_whole(recording, {target: module for target, (module, _) in owners.items()})
         self.whole = recording.whole
+        self.unreached: list[str] = []  # vLLM does not start with such a parameter
         self.boxes: list[Box] = list(recording.boxes())
         self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
         self._owners = owners

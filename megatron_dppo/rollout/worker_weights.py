@@ -51,6 +51,7 @@ class Reload(Protocol):
 
     boxes: list[tuple[str, Index, Index]]  # (tensor, start, stop) of what it keeps, each element once
     whole: dict[str, str]  # tensors that it needs whole, and why
+    unreached: list[str]  # parameters that no tensor reaches
 
     def begin(self) -> None:
         """Starts an update; the model cannot compute until `finish`. May follow an update that was not finished."""
@@ -146,9 +147,16 @@ class WorkerWeights:
         self.staged = None
 
     def layout(self) -> dict[str, Any]:
-        """What this worker (`worker`, its number) keeps: `boxes` as [tensor, start, stop]; `unread`, other tensors."""
-        unread = self.tensors.keys() - {name for name, _, _ in self.reload.boxes}
-        return {"worker": self.worker, "boxes": self.reload.boxes, "unread": sorted(unread)}
+        """What this worker (`worker`, its number) keeps: `boxes` as [tensor, start, stop]; `unread`, other tensors;
+        `unreached`, parameters that none of them fills."""
+        reload = self.reload
+        unread = self.tensors.keys() - {name for name, _, _ in reload.boxes}
+        return {
+            "worker": self.worker,
+            "boxes": reload.boxes,
+            "unread": sorted(unread),
+            "unreached": reload.unreached,
+        }
 
     def state(self) -> dict[str, int]:
         """Version of the weights in use (0: those of the start, -1: unusable after a failed update); updates so far."""

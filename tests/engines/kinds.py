@@ -29,6 +29,7 @@ class Kind(Protocol):
     name: str
     max_logprobs: int  # of a vocabulary of 64
     dense_layers: bool  # whether it serves Qwen3-MoE models some of whose layers are dense
+    latent_attention: bool  # whether it computes that on the CPU
     generated: str  # its metric of sampled tokens
 
     def server(
@@ -45,7 +46,8 @@ class Kind(Protocol):
 
 
 class Vllm:
-    name, max_logprobs, dense_layers, generated = "vllm", MAX_LOGPROBS, True, "vllm:generation_tokens_total"
+    name, max_logprobs, generated = "vllm", MAX_LOGPROBS, "vllm:generation_tokens_total"
+    dense_layers = latent_attention = True
 
     def server(
         self, config: pytest.Config, model_dir: Path, port: int, **options: Any
@@ -67,14 +69,16 @@ class Vllm:
 
 
 class Sglang:
-    name, max_logprobs, dense_layers, generated = "sglang", 65, False, "sglang:generation_tokens_total"
+    name, max_logprobs, generated = "sglang", 65, "sglang:generation_tokens_total"
+    dense_layers = latent_attention = False
     loader = "tests.engines.faulty_sglang.call"
 
     def server(
         self, config: pytest.Config, model_dir: Path, port: int, **options: Any
     ) -> tuple[list[str], dict[str, str]]:
+        options = {"max_model_len": CONTEXT, **options}
         argv = sglang_server.server_command(
-            model_dir, port=port, cpu=True, dtype="float32", max_num_seqs=MAX_SEQS, max_model_len=CONTEXT,
+            model_dir, port=port, cpu=True, dtype="float32", max_num_seqs=MAX_SEQS,
             python=sglang_server.interpreter(), extra=["--custom-weight-loader", LOADER, self.loader], **options,
         )  # fmt: skip
         return argv, sglang_server.server_env(cpu=True, tensor_parallel_size=options.get("tensor_parallel_size", 1))

@@ -19,14 +19,26 @@ from safetensors.torch import load_file
 
 from megatron_dppo.data.addition import sample_problems, write_problems
 from megatron_dppo.processes import free_port, start, stop_on_exit
-from megatron_dppo.rollout.engines import CACHE_DIR, wait_ready
-from megatron_dppo.rollout.vllm_server import server_command, server_env
+from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND
 from tests.tiny_models import randomize
 from tools.make_quickstart_input import write_initial_model
 
 DEADLINE_S = 240.0
 RUN_NAME = f"job{os.getpid()}"  # so that another test run on this machine is not taken for ours
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that runs already, with a model that no run trains."""
+    model = tmp_path_factory.mktemp("served") / "model"
+    write_initial_model(model, seed=2)
+    port = free_port()
+    argv, env = KIND.server(request.config, model, port, max_model_len=64)
+    with stop_on_exit() as children:
+        children.append(start("engine", argv, env=env, log_path=model.parent / "engine.log"))
+        wait_ready(f"http://127.0.0.1:{port}", children[0], DEADLINE_S)
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -182,9 +194,11 @@ def test_a_process_that_dies_ends_the_job(recipe: Path, victim: str, message: st
     assert not shared_directories()
 
 
-def test_a_killed_run_goes_on_where_it_was(recipe: Path) -> None:
-    """A rank is killed after a few steps; `resume=auto` goes on from the last checkpoint, at another layout."""
-    job = command(recipe, "training.steps=1000", "checkpoint.every=2")
+def test_a_killed_run_goes_on_where_it_was(recipe: Path, server: str) -> None:
+    """A rank is killed after a few steps; `resume=auto` goes on from the last checkpoint, at another layout. The engine
+    outlives it, as it was left."""
+    engine = f"rollout.urls=[{server}]"
+    job = command(recipe, engine, "training.steps=1000", "checkpoint.every=2")
     run = recipe.parent / "run"
     wait_until(lambda: (run / "checkpoints" / "step-000004" / "training.json").is_file(), job)
     family = descendants(job.pid)
@@ -196,7 +210,7 @@ def test_a_killed_run_goes_on_where_it_was(recipe: Path) -> None:
     last = int(kept[-1].removeprefix("step-").removesuffix(".tmp"))
     layout = ["parallel.tensor=1", "parallel.pipeline=2", "parallel.expert=1"]
     steps = f"training.steps={last + 3}"
-    job = command(recipe, steps, "checkpoint.every=2", "resume=auto", *layout)
+    job = command(recipe, engine, steps, "checkpoint.every=2", "resume=auto", *layout)
     output, _ = job.communicate(timeout=DEADLINE_S)
     assert job.returncode == 0, output
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -206,15 +220,20 @@ def test_a_killed_run_goes_on_where_it_was(recipe: Path) -> None:
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert len(left) == 2 and all(not name.endswith(".tmp") for name in left)
 
-    job = command(recipe, steps, "resume=auto", "run.seed=5")
+    job = command(recipe, engine, steps, "resume=auto", "run.seed=5")
     output, _ = job.communicate(timeout=DEADLINE_S)
     assert job.returncode == 1 and "resume: run.seed: got 5, expected the checkpoint's 0" in output
 
 
-def test_rollouts_ahead_of_training(recipe: Path) -> None:
+def test_rollouts_ahead_of_training(recipe: Path, server: str) -> None:
     """With a staleness of one, responses are sampled while ranks train, and held over each update; a killed run goes on
     with the batches that had been waiting."""
-    ahead = ["rollout.max_staleness=1", "rollout.max_response_tokens=40", "checkpoint.every=1"]
+    ahead = [
+        f"rollout.urls=[{server}]",
+        "rollout.max_staleness=1",
+        "rollout.max_response_tokens=40",
+        "checkpoint.every=1",
+    ]
     sizes = ["training.micro_batch_tokens=256", "training.lr=1e-5"]
     run = recipe.parent / "run"
     job = command(recipe, "training.steps=1000", *ahead, *sizes)
@@ -257,20 +276,6 @@ def test_experts_of_the_engine_are_replayed(recipe: Path) -> None:
     assert 2 * replayed < without
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A server that runs already, and the model it was started with."""
-    model = tmp_path_factory.mktemp("served") / "model"
-    write_initial_model(model, seed=2)  # not what the runs train
-    port = free_port()
-    argv = server_command(model, port=port, cpu=True, dtype="float32", max_logprobs=5, max_model_len=22)
-    with stop_on_exit() as children:
-        env = server_env(cpu=True, cache_root=CACHE_DIR / "vllm")
-        children.append(start("engine", argv, env=env, log_path=model.parent / "engine.log"))
-        wait_ready(f"http://127.0.0.1:{port}", children[0], DEADLINE_S)
-        yield f"http://127.0.0.1:{port}", model
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -280,12 +285,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     ],
     ids=["topk_kl-tp2_ep2", "minirl_tis-pp2", "topk_tv_decoupled-dp2_ep2"],
 )
-def test_runs_one_after_another_on_a_server_of_ones_own(
-    recipe: Path, server: tuple[str, Path], overrides: list[str]
-) -> None:
+def test_runs_one_after_another_on_a_server_of_ones_own(recipe: Path, server: str, overrides: list[str]) -> None:
     """The server has the last run's weights: each run first gives it its own."""
-    url, _ = server
-    job = command(recipe, f"rollout.urls=[{url}]", "rollout.temperature=1.3", *overrides)
+    job = command(recipe, f"rollout.urls=[{server}]", "rollout.temperature=1.3", *overrides)
     output, _ = job.communicate(timeout=DEADLINE_S)
     assert job.returncode == 0, output
     records = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
