@@ -30,6 +30,7 @@ class Kind(Protocol):
     max_logprobs: int  # of a vocabulary of 64
     dense_layers: bool  # whether it serves Qwen3-MoE models some of whose layers are dense
     latent_attention: bool  # whether it computes that on the CPU
+    process: str  # in its command line
     generated: str  # its metric of sampled tokens
 
     def server(
@@ -47,7 +48,7 @@ class Kind(Protocol):
 
 class Vllm:
     name, max_logprobs, generated = "vllm", MAX_LOGPROBS, "vllm:generation_tokens_total"
-    dense_layers = latent_attention = True
+    process, dense_layers, latent_attention = "vllm.entrypoints", True, True
 
     def server(
         self, config: pytest.Config, model_dir: Path, port: int, **options: Any
@@ -70,7 +71,7 @@ class Vllm:
 
 class Sglang:
     name, max_logprobs, generated = "sglang", 65, "sglang:generation_tokens_total"
-    dense_layers = latent_attention = False
+    process, dense_layers, latent_attention = "sglang.launch_server", False, False
     loader = "tests.engines.faulty_sglang.call"
 
     def server(

@@ -141,7 +141,7 @@ def test_a_whole_run_and_what_it_leaves(recipe: Path, transport: str, mode: str)
     assert {"eval/accuracy_greedy", "eval/accuracy_sampled"} <= records[0].keys() & records[2].keys()
 
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["steps"], summary["tp"], summary["ep"], summary["engine"]) == (2, 2, 2, "vllm")
+    assert (summary["steps"], summary["tp"], summary["ep"], summary["engine"]) == (2, 2, 2, KIND.name)
     assert summary["objective"] == "dppo_binary_tv" and summary["engine_version"] and summary["seconds"] > 0
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir()) and (run / "resolved.yaml").is_file()
@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_nothing_running(recipe: Path) -> None:
         ("megatron_dppo.trainer", r"failed: rank \d ended with code 137 \(SIGKILL\)"),
         ("megatron_dppo.rollout.client", r"failed: rollout client ended with code 137 \(SIGKILL\)"),
         # whichever is noticed first: the server's end, or that it does not answer
-        ("vllm.entrypoints", r"failed: engine ended with code 137|EngineUnreachable: engine http://127.0.0.1:\d+: "),
+        (KIND.process, r"failed: engine ended with code 137|EngineUnreachable: engine http://127.0.0.1:\d+: "),
     ],
 )
 def test_a_process_that_dies_ends_the_job(recipe: Path, victim: str, message: str) -> None:
