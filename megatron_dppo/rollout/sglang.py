@@ -182,10 +182,8 @@ class SglangEngine(HttpEngine):
         await self.http.once("POST", "/abort_request", {"rid": wire_id}, parse=False)
 
     async def _pause_server(self, mode: PauseMode) -> None:
-        if mode == "wait":
-            await self.http.once("POST", "/pause_generation", {"mode": "in_place"})
-            return
-        # A request that came to a paused server waits before the scheduler, out of an abort's reach: let it in.
+        # Whatever the mode: what may go on has ended when this is called for "wait", and what is held is cut. A request
+        # that came to a paused server waits before the scheduler, out of an abort's reach: it is let in first.
         await self.http.once("POST", "/continue_generation", {})
         await self.http.once("POST", "/pause_generation", {"mode": "abort"})
 
@@ -220,9 +218,13 @@ class SglangEngine(HttpEngine):
 
     async def _discard(self) -> int:
         await self._begin()
-        await self._call("discard")
+        states = await self._call("discard")
+        version, updates = int(states[0]["version"]), int(states[0]["updates"])
+        if any(state != states[0] for state in states):
+            version = UNUSABLE
+        await self._call("state", names_weights=wire_version(version, updates))
         await self._end()
-        return (await self._weights())[0]
+        return version
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[None]:
