@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
 # Of the tests of jobs and sync, those that the engine has a part in.
 SGLANG_TESTS := tests/engines/test_engine_contract.py tests/engines/test_sync.py tests/engines/test_job.py \
-	-k "test_engine_contract or ranks_have or weights_differ or group-rollout or replayed"
+	tests/engines/test_sglang.py -k "test_engine_contract or test_sglang or ranks_have or weights_differ or group-rollout or replayed"
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-long test-latest lint types format clean

@@ -56,6 +56,7 @@ class Capabilities:
     moe_layers: tuple[int, ...]
     dtype: str
     seeds: bool  # whether a request's seed is heeded
+    weights: str = "shard to shard"  # how it takes them
 
 
 @dataclass(frozen=True)

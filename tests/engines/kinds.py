@@ -78,9 +78,10 @@ class Sglang:
         self, config: pytest.Config, model_dir: Path, port: int, **options: Any
     ) -> tuple[list[str], dict[str, str]]:
         options = {"max_model_len": CONTEXT, **options}
+        loaders = options.pop("loaders", (LOADER, self.loader))
         argv = sglang_server.server_command(
             model_dir, port=port, cpu=True, dtype="float32", max_num_seqs=MAX_SEQS,
-            python=sglang_server.interpreter(), extra=["--custom-weight-loader", LOADER, self.loader], **options,
+            python=sglang_server.interpreter(), extra=["--custom-weight-loader", *loaders], **options,
         )  # fmt: skip
         return argv, sglang_server.server_env(cpu=True, tensor_parallel_size=options.get("tensor_parallel_size", 1))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, Sampling
@@ -25,6 +26,7 @@ from megatron_dppo.rollout.sglang_answer import (
     request_body,
     wire_version,
 )
+from megatron_dppo.rollout.sglang_buckets import buckets_of
 from megatron_dppo.rollout.sglang_call import LOADER, Call
 from megatron_dppo.rollout.trajectory import Trajectory
 from tests.tiny_models import tiny_config
@@ -245,7 +247,6 @@ def test_facts_come_from_the_server_and_the_model(stub: Stub, arch: Architecture
         ({"version": "0.6.0"}, "got SGLang 0.6.0, expected"),
         ({"dp_size": 2}, "got dp_size 2, expected 1: start a server a replica"),
         ({"pp_size": 2}, "got pp_size 2, expected 1"),
-        ({"custom_weight_loader": None}, f"got --custom-weight-loader None, expected {LOADER}"),
     ],
 )
 def test_a_server_that_will_not_do_is_refused(
@@ -263,6 +264,24 @@ def test_another_model_or_another_engine_is_refused(stub: Stub, arch: Architectu
     stub.absent.add("/server_info")
     with pytest.raises(EngineError, match="it has no /server_info: no SGLang server"):
         ask(stub, arch, lambda engine: engine.capabilities())
+
+
+def test_a_stock_server_says_how_it_takes_weights(stub: Stub, arch: Architecture) -> None:
+    assert ask(stub, arch, lambda engine: engine.capabilities()).weights == "shard to shard"
+    stub.info["custom_weight_loader"] = None
+    assert ask(stub, arch, lambda engine: engine.capabilities()).weights == "whole tensors, in buckets"
+
+    async def layout(engine: SglangEngine) -> None:
+        await engine.capabilities()
+        await engine.layout()
+
+    with pytest.raises(EngineError, match="takes whole tensors only: expected sync.transport shm or disk"):
+        ask(stub, arch, layout)
+
+
+def test_buckets_hold_tensors_in_order_as_many_as_fit() -> None:
+    tensors = [(name, torch.zeros(size)) for name, size in (("a", 2), ("b", 1), ("c", 9), ("d", 1), ("e", 1))]
+    assert [list(bucket) for bucket in buckets_of(iter(tensors), 16)] == [["a", "b"], ["c"], ["d", "e"]]
 
 
 @pytest.mark.parametrize("sessions", [True, False])

@@ -1,0 +1,213 @@
+"""Whole tensors by bucket: a stock SGLang server, without our loader, gets a file's weights from the client.
+
+The client is rank 0 of a gloo group of SGLang's own (`/init_weights_update_group`), and broadcasts buckets that
+SGLang's loaders take (`/update_weights_from_distributed`, one flat tensor of bytes each). The file lies where the
+client sees it; the server may be anywhere. All of a model goes to every worker: a server with our loader gets far less.
+
+SGLang drops names that it does not know and says that all went well. The first update is therefore given twice, from
+different random weights each time (`/weights_checker`): what differs afterwards was not in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from megatron_dppo.architecture import Architecture
+from megatron_dppo.processes import free_port
+from megatron_dppo.rollout.engine import EngineError, Manifest, Update
+from megatron_dppo.rollout.http_client import HttpClient
+from megatron_dppo.rollout.sglang_answer import wire_version
+from megatron_dppo.rollout.sglang_loader import own_address
+from megatron_dppo.rollout.sglang_weights import UNUSABLE, Sessions
+from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
+from megatron_dppo.weights.mapping import hub_shapes
+
+BUCKET_BYTES = 512 << 20
+GROUP_TIMEOUT = timedelta(seconds=120)
+VOCABULARY_MULTIPLE = 64  # to which SGLang pads: no update reaches rows beyond the vocabulary
+VOCABULARY_PARAMETERS = ("embed_tokens.weight", "lm_head.weight")
+Checksums = list[dict[str, str]]  # of every parameter, a worker each
+
+
+class BucketWeights:
+    """See `sglang_weights.ServerWeights`; `updates` are counted here, by the name of the server's weights."""
+
+    how = "whole tensors, in buckets"
+    bucket_bytes = BUCKET_BYTES
+
+    def __init__(
+        self,
+        http: HttpClient,
+        sessions: Sessions,
+        arch: Architecture,
+        *,
+        workers: int,
+    ) -> None:
+        self._http, self._sessions, self._arch, self._workers = http, sessions, arch, workers
+        self._staged: Manifest | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+        self._proved = False
+
+    async def layouts(self) -> list[dict[str, Any]]:
+        raise EngineError(
+            self._http.url,
+            "it takes whole tensors only: expected sync.transport shm or disk, or a server with our loader "
+            "(sglang_server.server_command)",
+        )
+
+    async def fingerprints(self) -> list[dict[str, Any]]:
+        raise EngineError(self._http.url, "checksum: a server without our loader does not take fingerprints")
+
+    async def hand_over(self, update: Update, updates: int) -> None:
+        if not isinstance(update, Manifest):
+            await self.layouts()  # says why not
+            return
+        self._staged = None
+        try:
+            await asyncio.to_thread(self._check, update)
+        except (ValueError, OSError) as error:
+            raise EngineError(self._http.url, f"{type(error).__name__}: {error}") from error
+        self._staged = update
+
+    def _check(self, manifest: Manifest) -> None:
+        shapes = hub_shapes(self._arch)
+        known = {name: TensorInfo(torch.float32, tuple(shape)) for name, shape in shapes.items()}
+        found = {name: tuple(shape) for name, _, shape, _ in manifest.tensors}
+        check_complete(found, known, needed=set(shapes))
+        tensors = dict(map_tensors(manifest))
+        if manifest.crc32 is not None:
+            crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
+            if bad := [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]:
+                raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
+
+    async def put_in_use(self, version: int, updates: int) -> int:
+        manifest, self._staged = self._staged, None
+        assert manifest is not None, "the client hands over before it commits"
+        if not self._proved:
+            first = await self._from_other_weights(manifest, version, updates)
+            second = await self._from_other_weights(manifest, version, updates)
+            if left := sorted({n for a, b in zip(first, second, strict=True) for n in a if a[n] != b.get(n)}):
+                raise EngineError(
+                    self._http.url,
+                    f"{len(left)} parameters are not, or not all, replaced by an update ({shown(left)}): this SGLang "
+                    "does not serve the config.json's model",
+                )
+            self._proved = True
+        else:
+            await self._send(manifest, version, updates)
+        await self._http.once("POST", "/flush_cache", parse=False)
+        return updates + 1
+
+    async def discard(self, version: int, updates: int) -> int:
+        self._staged = None
+        return version
+
+    async def _from_other_weights(self, manifest: Manifest, version: int, updates: int) -> Checksums:
+        """Checksums of what an update makes of random weights."""
+        unusable = {"new_version": wire_version(UNUSABLE, updates), "abort_all_requests": False}
+        await self._http.once("POST", "/update_weight_version", unusable)
+        await self._check_weights("reset_tensors")
+        await self._send(manifest, version, updates)
+        ranks = (await self._check_weights("checksum"))["ranks"]
+        padded = self._arch.vocab_size % VOCABULARY_MULTIPLE != 0
+        return [
+            {
+                name: value
+                for name, value in rank["checksums"].items()
+                if not (padded and name.endswith(VOCABULARY_PARAMETERS))
+            }
+            for rank in ranks
+        ]
+
+    async def _check_weights(self, action: str) -> dict[str, Any]:
+        return await self._http.once("POST", "/weights_checker", {"action": action})
+
+    async def _send(self, manifest: Manifest, version: int, updates: int) -> None:
+        """Broadcasts the file's tensors, a bucket and a request at a time; the last names the weights."""
+        group = await self._joined()
+        buckets = list(buckets_of(map_tensors(manifest), self.bucket_bytes))  # of views
+        await self._sessions.begin()
+        for number, bucket in enumerate(buckets, start=1):
+            names, last = list(bucket), number == len(buckets)
+            body = {
+                "names": names,
+                "dtypes": [str(bucket[name].dtype).removeprefix("torch.") for name in names],
+                "shapes": [list(bucket[name].shape) for name in names],
+                "group_name": self._group_name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": wire_version(version, updates + 1) if last else wire_version(UNUSABLE, updates),
+            }
+            flat = torch.cat([bucket[name].contiguous().flatten().view(torch.uint8) for name in names])
+            sent = asyncio.to_thread(_broadcast, group, flat)
+            asked = self._http.once("POST", "/update_weights_from_distributed", body)
+            try:
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(asked)
+                    both.create_task(sent)
+            except BaseExceptionGroup as errors:
+                self._group = None  # somebody may still wait in it
+                faults = "; ".join(str(error) for error in errors.exceptions)
+                raise EngineError(self._http.url, f"weight update: {faults}") from errors
+        await self._sessions.end()
+
+    async def _joined(self) -> dist.ProcessGroup:
+        """The group of this process and the server's workers, which a failure ends."""
+        if self._group is None:
+            host, port, self._group_name = own_address(self._http.url), free_port(), f"weights-{uuid4().hex}"
+            body = {
+                "master_address": host,
+                "master_port": port,
+                "rank_offset": 1,
+                "world_size": self._workers + 1,
+                "group_name": self._group_name,
+                "backend": "gloo",
+            }
+            joined = asyncio.to_thread(_join, host, port, self._workers + 1, self._group_name)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._http.once("POST", "/init_weights_update_group", body))
+                own = both.create_task(joined)
+            self._group = own.result()
+        return self._group
+
+
+def buckets_of(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Mapping[str, Tensor]]:
+    """Tensors together, in order, as many as fit; one that is larger has a bucket of its own."""
+    bucket: dict[str, Tensor] = {}
+    nbytes = 0
+    for name, tensor in tensors:
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if bucket and nbytes + size > bucket_bytes:
+            yield bucket
+            bucket, nbytes = {}, 0
+        bucket[name], nbytes = tensor, nbytes + size
+    if bucket:
+        yield bucket
+
+
+def _join(host: str, port: int, size: int, name: str) -> dist.ProcessGroup:
+    """As SGLang's workers do (`init_custom_process_group`): a group beside any default one, this process rank 0."""
+    store = dist.TCPStore(host, port, size, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False)
+    new_group: Any = distributed_c10d._new_process_group_helper
+    backend = distributed_c10d.Backend("gloo")
+    group, _ = new_group(size, 0, [], backend, dist.PrefixStore(name, store), group_name=name, timeout=GROUP_TIMEOUT)
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    return group
+
+
+def _broadcast(group: dist.ProcessGroup, flat: Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.timeout = 0, 0, GROUP_TIMEOUT
+    group.broadcast([flat], options).wait()
