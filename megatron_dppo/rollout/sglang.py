@@ -178,4 +178,5 @@ class SglangEngine(HttpEngine):
         return updates
 
     async def _discard(self) -> int:
-        return await self._way.discard(self._version, self._updates)
+        await self._way.discard()
+        return (await self._weights())[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -46,14 +46,7 @@ class BucketWeights:
     how = "whole tensors, in buckets"
     bucket_bytes = BUCKET_BYTES
 
-    def __init__(
-        self,
-        http: HttpClient,
-        sessions: Sessions,
-        arch: Architecture,
-        *,
-        workers: int,
-    ) -> None:
+    def __init__(self, http: HttpClient, sessions: Sessions, arch: Architecture, *, workers: int) -> None:
         self._http, self._sessions, self._arch, self._workers = http, sessions, arch, workers
         self._staged: Manifest | None = None
         self._group: dist.ProcessGroup | None = None
@@ -99,6 +92,7 @@ class BucketWeights:
             first = await self._from_other_weights(manifest, version, updates)
             second = await self._from_other_weights(manifest, version, updates)
             if left := sorted({n for a, b in zip(first, second, strict=True) for n in a if a[n] != b.get(n)}):
+                await self._mark_unusable(updates)
                 raise EngineError(
                     self._http.url,
                     f"{len(left)} parameters are not, or not all, replaced by an update ({shown(left)}): this SGLang "
@@ -110,14 +104,12 @@ class BucketWeights:
         await self._http.once("POST", "/flush_cache", parse=False)
         return updates + 1
 
-    async def discard(self, version: int, updates: int) -> int:
+    async def discard(self) -> None:
         self._staged = None
-        return version
 
     async def _from_other_weights(self, manifest: Manifest, version: int, updates: int) -> Checksums:
         """Checksums of what an update makes of random weights."""
-        unusable = {"new_version": wire_version(UNUSABLE, updates), "abort_all_requests": False}
-        await self._http.once("POST", "/update_weight_version", unusable)
+        await self._mark_unusable(updates)
         await self._check_weights("reset_tensors")
         await self._send(manifest, version, updates)
         ranks = (await self._check_weights("checksum"))["ranks"]
@@ -130,6 +122,10 @@ class BucketWeights:
             }
             for rank in ranks
         ]
+
+    async def _mark_unusable(self, updates: int) -> None:
+        name = {"new_version": wire_version(UNUSABLE, updates), "abort_all_requests": False}
+        await self._http.once("POST", "/update_weight_version", name)
 
     async def _check_weights(self, action: str) -> dict[str, Any]:
         return await self._http.once("POST", "/weights_checker", {"action": action})
@@ -153,14 +149,7 @@ class BucketWeights:
             flat = torch.cat([bucket[name].contiguous().flatten().view(torch.uint8) for name in names])
             sent = asyncio.to_thread(_broadcast, group, flat)
             asked = self._http.once("POST", "/update_weights_from_distributed", body)
-            try:
-                async with asyncio.TaskGroup() as both:
-                    both.create_task(asked)
-                    both.create_task(sent)
-            except BaseExceptionGroup as errors:
-                self._group = None  # somebody may still wait in it
-                faults = "; ".join(str(error) for error in errors.exceptions)
-                raise EngineError(self._http.url, f"weight update: {faults}") from errors
+            await self._both(sent, asked)
         await self._sessions.end()
 
     async def _joined(self) -> dist.ProcessGroup:
@@ -176,11 +165,24 @@ class BucketWeights:
                 "backend": "gloo",
             }
             joined = asyncio.to_thread(_join, host, port, self._workers + 1, self._group_name)
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._http.once("POST", "/init_weights_update_group", body))
-                own = both.create_task(joined)
-            self._group = own.result()
+            self._group = await self._both(joined, self._http.once("POST", "/init_weights_update_group", body))
         return self._group
+
+    async def _both(self, ours: Awaitable[Any], servers: Awaitable[Any]) -> Any:
+        """What both sides of the group do at the same time; returns our result. Raises EngineError."""
+
+        async def result(awaitable: Awaitable[Any]) -> Any:
+            return await awaitable
+
+        try:
+            async with asyncio.TaskGroup() as both:
+                own = both.create_task(result(ours))
+                both.create_task(result(servers))
+        except BaseExceptionGroup as errors:
+            self._group = None  # somebody may still wait in it
+            faults = "; ".join(str(error) for error in errors.exceptions)
+            raise EngineError(self._http.url, f"weight update: {faults}") from errors
+        return own.result()
 
 
 def buckets_of(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Mapping[str, Tensor]]:

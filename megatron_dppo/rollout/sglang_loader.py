@@ -78,7 +78,7 @@ class LoaderWeights:
         await self._sessions.end()
         return updates
 
-    async def discard(self, version: int, updates: int) -> int:
+    async def discard(self) -> None:
         await self._sessions.begin()
         states = await self._call("discard")
         version, updates = int(states[0]["version"]), int(states[0]["updates"])
@@ -86,7 +86,6 @@ class LoaderWeights:
             version = UNUSABLE
         await self._call("state", names_weights=wire_version(version, updates))
         await self._sessions.end()
-        return version
 
     async def _call(
         self, method: str, arguments: dict[str, Any] | None = None, *, names_weights: str | None = None

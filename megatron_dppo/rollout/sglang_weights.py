@@ -34,8 +34,8 @@ class ServerWeights(Protocol):
         """Has the server take what it was given, flush its cache and name its weights; returns its updates."""
         ...
 
-    async def discard(self, version: int, updates: int) -> int:
-        """Forgets what was given; the server had these weights. Returns the version that it has."""
+    async def discard(self) -> None:
+        """Forgets what was given; the server has a name for the weights that it has."""
         ...
 
 
