@@ -33,6 +33,7 @@ from megatron_dppo.weights.layout import Box
 
 State = Literal["ready", "paused", "updating", "unusable"]
 ABORT_POLL_S = 0.2
+ABORT_S = 5.0  # for a server to hear of a cancelled request
 
 
 @dataclass(eq=False)
@@ -200,8 +201,10 @@ class HttpEngine(abc.ABC):
 
     async def rejoin(self) -> None:
         self._capabilities, self._staged_version, self._state = None, None, "ready"
-        self._release()
-        await self.capabilities()
+        try:
+            await self.capabilities()  # says whether its weights are usable
+        finally:
+            self._release()
 
     async def _check_version(self) -> None:
         version, updates = await self._weights()
@@ -240,8 +243,9 @@ class HttpEngine(abc.ABC):
                     before_repeating=partial(self._begin_anew, flight, body, request_id),
                 )
             except asyncio.CancelledError:
-                with contextlib.suppress(EngineError):
-                    await self._abort(flight.wire_id)
+                with contextlib.suppress(EngineError, TimeoutError):
+                    async with asyncio.timeout(ABORT_S):
+                        await self._abort(flight.wire_id)
                 raise
             finally:
                 self._flights.remove(flight)
@@ -341,7 +345,7 @@ class HttpEngine(abc.ABC):
         if self._state != "unusable":  # over a group the model changes as numbers come, from a file at `commit`
             self._state = "unusable" if update.transport == "group" else "updating"
         if not self._held:
-            await self._pause_server("wait")  # no-op after pause(); else for requests of other clients
+            await self._pause_server("wait")  # after pause() already done; else for requests of other clients
         try:
             await self._hand_over(update)
         except EngineError:

@@ -29,7 +29,7 @@ from megatron_dppo.rollout.sglang_loader import LoaderWeights
 from megatron_dppo.rollout.sglang_server import check_supported
 from megatron_dppo.rollout.sglang_weights import ServerWeights, Sessions
 from megatron_dppo.rollout.trajectory import Trajectory
-from megatron_dppo.rollout.turns import join_turns
+from megatron_dppo.rollout.turns import join_turns, without_last_token
 
 
 class SglangEngine(HttpEngine):
@@ -68,6 +68,11 @@ class SglangEngine(HttpEngine):
         for name in ("dp_size", "pp_size"):
             if info[name] != 1:
                 raise EngineError(self.url, f"got {name} {info[name]}, expected 1: start a server a replica")
+        if info.get("speculative_algorithm"):
+            raise EngineError(
+                self.url,
+                f"got speculative_algorithm {info['speculative_algorithm']}, expected none: drafts get no weights",
+            )
         sessions = Sessions(self.http, wanted=await self._has("/begin_weight_update"))
         workers = int(info["tp_size"])
         self._way = (
@@ -93,6 +98,8 @@ class SglangEngine(HttpEngine):
         try:
             await self.http.once("GET", path)
         except EngineError as error:
+            if "answered 404" not in str(error) and "answered 405" not in str(error):
+                raise
             return "answered 405" in str(error)
         return True
 
@@ -114,21 +121,20 @@ class SglangEngine(HttpEngine):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
+        facts = await self.capabilities()
         parts: list[Trajectory] = []
         ids, left = list(prompt_ids), sampling
         while True:
             part, held = await self._sample(ids, left, request_id, group_id)
-            if part.response_length or not parts:
-                parts.append(part)
             if not held or part.finish_reason != "abort":
-                # A part that was cut before its first token has nothing to join.
-                whole = [one for one in parts if one.response_length] or parts[-1:]
-                try:
-                    return replace(join_turns(whole), finish_reason=part.finish_reason)
-                except ValueError as error:  # a part that was cut came without its routes
-                    raise EngineBadAnswer(self.url, f"request {request_id}: {error}") from error
-            ids += part.response_ids.tolist()
-            left = replace(left, max_tokens=left.max_tokens - part.response_length)
+                return replace(join_turns([*parts, part]), finish_reason=part.finish_reason)
+            if part.response_length < 2 or (facts.routed_experts and part.routes is None):
+                continue  # nothing to keep, or (of a request that waited for memory) its routes were not kept
+            # A cut comes before SGLang looks whether the last token ends the response. Which token that is must not
+            # decide whether it is kept: it is always sampled anew.
+            parts.append(without_last_token(part))
+            ids += parts[-1].response_ids.tolist()
+            left = replace(left, max_tokens=left.max_tokens - parts[-1].response_length)
 
     def _request(
         self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str
@@ -155,8 +161,10 @@ class SglangEngine(HttpEngine):
 
     async def _pause_server(self, mode: PauseMode) -> None:
         # Whatever the mode: what may go on has ended when this is called for "wait", and what is held is cut. A request
-        # that came to a paused server waits before the scheduler, out of an abort's reach: it is let in first.
-        await self.http.once("POST", "/continue_generation", {})
+        # that comes to a paused server waits before the scheduler, out of an abort's reach: it is held as it is, or let
+        # in to be aborted.
+        if mode == "abort":
+            await self.http.once("POST", "/continue_generation", {})
         await self.http.once("POST", "/pause_generation", {"mode": "abort"})
 
     async def _resume_server(self) -> None:

@@ -11,7 +11,7 @@ different random weights each time (`/weights_checker`): what differs afterwards
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
 from collections.abc import Awaitable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -88,11 +88,13 @@ class BucketWeights:
     async def put_in_use(self, version: int, updates: int) -> int:
         manifest, self._staged = self._staged, None
         assert manifest is not None, "the client hands over before it commits"
+        tensors = dict(map_tensors(manifest))
+        unusable = wire_version(UNUSABLE, updates)
         if not self._proved:
-            first = await self._from_other_weights(manifest, version, updates)
-            second = await self._from_other_weights(manifest, version, updates)
+            await self._check_weights("checksum")  # before anything is lost: some versions cannot, on a CPU
+            first = await self._from_other_weights(tensors, unusable)
+            second = await self._from_other_weights(tensors, unusable)
             if left := sorted({n for a, b in zip(first, second, strict=True) for n in a if a[n] != b.get(n)}):
-                await self._mark_unusable(updates)
                 raise EngineError(
                     self._http.url,
                     f"{len(left)} parameters are not, or not all, replaced by an update ({shown(left)}): this SGLang "
@@ -100,18 +102,22 @@ class BucketWeights:
                 )
             self._proved = True
         else:
-            await self._send(manifest, version, updates)
+            await self._send(tensors, unusable)
         await self._http.once("POST", "/flush_cache", parse=False)
+        # Only now a name for them, which the schedulers take with an update only: of the smallest tensor, again.
+        smallest = min(tensors, key=lambda name: tensors[name].nbytes)
+        await self._send({smallest: tensors[smallest]}, wire_version(version, updates + 1))
         return updates + 1
 
     async def discard(self) -> None:
         self._staged = None
 
-    async def _from_other_weights(self, manifest: Manifest, version: int, updates: int) -> Checksums:
+    async def _from_other_weights(self, tensors: Mapping[str, Tensor], unusable: str) -> Checksums:
         """Checksums of what an update makes of random weights."""
-        await self._mark_unusable(updates)
+        name = {"new_version": unusable, "abort_all_requests": False}
+        await self._http.once("POST", "/update_weight_version", name)
         await self._check_weights("reset_tensors")
-        await self._send(manifest, version, updates)
+        await self._send(tensors, unusable)
         ranks = (await self._check_weights("checksum"))["ranks"]
         padded = self._arch.vocab_size % VOCABULARY_MULTIPLE != 0
         return [
@@ -123,20 +129,15 @@ class BucketWeights:
             for rank in ranks
         ]
 
-    async def _mark_unusable(self, updates: int) -> None:
-        name = {"new_version": wire_version(UNUSABLE, updates), "abort_all_requests": False}
-        await self._http.once("POST", "/update_weight_version", name)
-
     async def _check_weights(self, action: str) -> dict[str, Any]:
         return await self._http.once("POST", "/weights_checker", {"action": action})
 
-    async def _send(self, manifest: Manifest, version: int, updates: int) -> None:
-        """Broadcasts the file's tensors, a bucket and a request at a time; the last names the weights."""
+    async def _send(self, tensors: Mapping[str, Tensor], named: str) -> None:
+        """Broadcasts tensors, a bucket and a request at a time; `named`: what the server calls its weights then."""
         group = await self._joined()
-        buckets = list(buckets_of(map_tensors(manifest), self.bucket_bytes))  # of views
         await self._sessions.begin()
-        for number, bucket in enumerate(buckets, start=1):
-            names, last = list(bucket), number == len(buckets)
+        for bucket in buckets_of(tensors, self.bucket_bytes):
+            names = list(bucket)
             body = {
                 "names": names,
                 "dtypes": [str(bucket[name].dtype).removeprefix("torch.") for name in names],
@@ -144,7 +145,7 @@ class BucketWeights:
                 "group_name": self._group_name,
                 "load_format": "flattened_bucket",
                 "flush_cache": False,
-                "weight_version": wire_version(version, updates + 1) if last else wire_version(UNUSABLE, updates),
+                "weight_version": named,
             }
             flat = torch.cat([bucket[name].contiguous().flatten().view(torch.uint8) for name in names])
             sent = asyncio.to_thread(_broadcast, group, flat)
@@ -178,23 +179,35 @@ class BucketWeights:
             async with asyncio.TaskGroup() as both:
                 own = both.create_task(result(ours))
                 both.create_task(result(servers))
-        except BaseExceptionGroup as errors:
-            self._group = None  # somebody may still wait in it
-            faults = "; ".join(str(error) for error in errors.exceptions)
-            raise EngineError(self._http.url, f"weight update: {faults}") from errors
+        except BaseException as error:
+            await self._leave()  # somebody may still wait in it
+            if not isinstance(error, ExceptionGroup):
+                raise
+            faults = "; ".join(map(str, error.exceptions))
+            raise EngineError(self._http.url, f"weight update: {faults}") from error
         return own.result()
 
+    async def _leave(self) -> None:
+        """The next update meets anew."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(group)
+        with contextlib.suppress(EngineError):
+            await self._http.once("POST", "/destroy_weights_update_group", {"group_name": self._group_name})
 
-def buckets_of(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Mapping[str, Tensor]]:
-    """Tensors together, in order, as many as fit; one that is larger has a bucket of its own."""
+
+def buckets_of(tensors: Mapping[str, Tensor], bucket_bytes: int) -> Iterator[Mapping[str, Tensor]]:
+    """Tensors of one dtype together, in order, as many as fit; one that is larger has a bucket of its own."""
     bucket: dict[str, Tensor] = {}
     nbytes = 0
-    for name, tensor in tensors:
-        size = math.prod(tensor.shape) * tensor.dtype.itemsize
-        if bucket and nbytes + size > bucket_bytes:
+    for name, tensor in tensors.items():
+        another = bool(bucket) and tensor.dtype != next(iter(bucket.values())).dtype
+        if bucket and (another or nbytes + tensor.nbytes > bucket_bytes):
             yield bucket
             bucket, nbytes = {}, 0
-        bucket[name], nbytes = tensor, nbytes + size
+        bucket[name], nbytes = tensor, nbytes + tensor.nbytes
     if bucket:
         yield bucket
 

@@ -35,10 +35,15 @@ class LoaderWeights:
         self._workers, self._model_dir = workers, model_dir
         self._calls = count()
         self._store: dist.TCPStore | None = None
+        self._serves_the_model = False
 
     async def layouts(self) -> list[dict[str, Any]]:
         async with self._sessions.one():
-            answers = await self._call("layout")
+            return await self._layouts()
+
+    async def _layouts(self) -> list[dict[str, Any]]:
+        """Raises EngineError where SGLang would leave out parts of the model."""
+        answers = await self._call("layout")
         dropped = [name for name in _in_all(answers, "unread") if not self._may_be_unread(name)]
         if dropped or (unreached := _in_all(answers, "unreached")):
             what = (
@@ -64,6 +69,9 @@ class LoaderWeights:
         arguments = {"version": update.version, update.transport: update.as_json()}
         unusable = wire_version(UNUSABLE, updates) if update.transport == "group" else None
         await self._sessions.begin()
+        if not self._serves_the_model:
+            await self._layouts()
+            self._serves_the_model = True
         await self._call("receive", arguments, names_weights=unusable)
 
     async def put_in_use(self, version: int, updates: int) -> int:

@@ -46,21 +46,20 @@ class Reload:
             for step in steps(self._copies[name], start, stop)
         )  # fmt: skip
         self.boxes += [(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
-        self._whole_left: set[str] = set()
+        self._whole: dict[str, Tensor] = {}
         self._left = 0
         self._parameters: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Starts an update; may follow an update that was not finished."""
-        self._left, self._whole_left = self._expected, set(self.whole)
+        self._left, self._whole = self._expected, {}
         self._parameters = {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     @torch.no_grad()
     def place(self, tensor: str, start: Index, stop: Index, part: Tensor) -> None:
-        """Takes the numbers of a part of one of `boxes` (contiguous; not kept)."""
+        """Takes the numbers of a part of one of `boxes` (contiguous; not kept, unless the tensor is in `whole`)."""
         if tensor in self.whole:
-            self._model.load_weights([(tensor, part.clone())])
-            self._whole_left.discard(tensor)
+            self._whole[tensor] = part.clone()
             return
         key = (tensor, start, stop)
         if key not in self._steps:
@@ -71,11 +70,14 @@ class Reload:
 
     def finish(self) -> None:
         """Ends the update. Raises RuntimeError where parts are missing; the weights are a mixture then."""
-        if self._left or self._whole_left:
+        missing = len(self.whole) - len(self._whole)
+        if self._left or missing:
             raise RuntimeError(
-                f"weight update: {self._left} elements of {self._expected} and {len(self._whole_left)} whole tensors "
-                "did not arrive"
+                f"weight update: {self._left} elements of {self._expected} and {missing} whole tensors did not arrive"
             )
+        if self._whole:  # together: a loader may wait for several to make one parameter of them
+            self._model.load_weights(list(self._whole.items()))
+            self._whole = {}
         # What SGLang's loaders do at their end, for the models that compute further tensors from their parameters.
         if after := getattr(self._model, "post_load_weights", None):
             after()

@@ -59,8 +59,10 @@ class Sessions:
     async def one(self) -> AsyncIterator[None]:
         """A session for what leaves the weights as they are."""
         await self.begin()
-        yield
-        await self.end()
+        try:
+            yield
+        finally:
+            await self.end()
 
     async def _unless(self, done: str, path: str) -> None:
         try:

@@ -29,6 +29,7 @@ from megatron_dppo.rollout.sglang_answer import (
 from megatron_dppo.rollout.sglang_buckets import buckets_of
 from megatron_dppo.rollout.sglang_call import LOADER, Call
 from megatron_dppo.rollout.trajectory import Trajectory
+from megatron_dppo.rollout.turns import without_last_token
 from tests.tiny_models import tiny_config
 
 VOCAB = 8
@@ -143,6 +144,12 @@ def test_an_answer_that_cannot_be_right_is_named(fault: Callable[[dict[str, Any]
         parsed(answer)
 
 
+def test_a_cut_answer_is_as_before_its_last_token() -> None:
+    t = without_last_token(parsed(good_answer()))
+    assert t.response_ids.tolist() == [3] and t.policy_versions.tolist() == [3] and t.topk_ids.tolist() == [[1, 3]]
+    assert t.routed_experts is not None and np.array_equal(t.routed_experts, ROUTES[:2, 1:])
+
+
 def test_versions_on_the_wire() -> None:
     assert parse_version("default") == (0, 0)
     assert parse_version(wire_version(12, 3)) == (12, 3) and parse_version(wire_version(-1, 3)) == (-1, 3)
@@ -247,6 +254,7 @@ def test_facts_come_from_the_server_and_the_model(stub: Stub, arch: Architecture
         ({"version": "0.6.0"}, "got SGLang 0.6.0, expected"),
         ({"dp_size": 2}, "got dp_size 2, expected 1: start a server a replica"),
         ({"pp_size": 2}, "got pp_size 2, expected 1"),
+        ({"speculative_algorithm": "EAGLE"}, "got speculative_algorithm EAGLE, expected none"),
     ],
 )
 def test_a_server_that_will_not_do_is_refused(
@@ -280,8 +288,9 @@ def test_a_stock_server_says_how_it_takes_weights(stub: Stub, arch: Architecture
 
 
 def test_buckets_hold_tensors_in_order_as_many_as_fit() -> None:
-    tensors = [(name, torch.zeros(size)) for name, size in (("a", 2), ("b", 1), ("c", 9), ("d", 1), ("e", 1))]
-    assert [list(bucket) for bucket in buckets_of(iter(tensors), 16)] == [["a", "b"], ["c"], ["d", "e"]]
+    tensors = {name: torch.zeros(size) for name, size in (("a", 2), ("b", 1), ("c", 9), ("d", 1), ("e", 1))}
+    tensors["f"] = torch.zeros(1, dtype=torch.bfloat16)  # would lie where its bytes cannot be read
+    assert [list(bucket) for bucket in buckets_of(tensors, 16)] == [["a", "b"], ["c"], ["d", "e"], ["f"]]
 
 
 @pytest.mark.parametrize("sessions", [True, False])
