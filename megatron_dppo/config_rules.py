@@ -209,6 +209,14 @@ def _sglang(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
             f"which this one has them in {sum(arch.moe_layers)} of {arch.num_layers} (mlp_only_layers, "
             "decoder_sparse_step)"
         )
+    from megatron_dppo.rollout.engines import runs_on_cpu
+
+    if rollout.urls or not runs_on_cpu(rollout.engine):
+        return
+    if arch.latent is not None:
+        yield "rollout.engine: got sglang, expected vllm: SGLang computes latent attention on GPUs only"
+    if rollout.expert_parallel:
+        yield "rollout.expert_parallel: got true, expected false: SGLang spreads experts over GPUs only"
 
 
 def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:

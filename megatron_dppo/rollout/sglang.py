@@ -68,11 +68,8 @@ class SglangEngine(HttpEngine):
         for name in ("dp_size", "pp_size"):
             if info[name] != 1:
                 raise EngineError(self.url, f"got {name} {info[name]}, expected 1: start a server a replica")
-        if info.get("speculative_algorithm"):
-            raise EngineError(
-                self.url,
-                f"got speculative_algorithm {info['speculative_algorithm']}, expected none: drafts get no weights",
-            )
+        if draft := info.get("speculative_algorithm"):
+            raise EngineError(self.url, f"got speculative_algorithm {draft}, expected none: drafts get no weights")
         sessions = Sessions(self.http, wanted=await self._has("/begin_weight_update"))
         workers = int(info["tp_size"])
         self._way = (

@@ -390,7 +390,9 @@ def test_held_requests_go_on_under_the_new_weights(
             await engine.commit()
             assert (await late).policy_versions.min() >= first + number
         trajectories = await asyncio.gather(*flying)
-        assert all(t.finish_reason in ("stop", "length") for t in trajectories)
+        for t in trajectories:
+            assert t.finish_reason == ("stop" if t.response_ids[-1] == EOS_ID else "length")
+            assert EOS_ID not in t.response_ids[:-1] and (t.finish_reason == "stop" or t.response_length == 200)
         mixed = [len(set(t.policy_versions.tolist())) for t in trajectories]
         assert held[0] >= 8 and sum(n > 1 for n in mixed) >= 8 and max(mixed) > 2
         wrong: dict[int, list[np.ndarray]] = {0: [], 1: []}
