@@ -11,9 +11,10 @@ ENGINE ?= vllm
 ENGINE_STAMP := $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
-# Of the tests of jobs and sync, those that the engine has a part in.
-SGLANG_TESTS := tests/engines/test_engine_contract.py tests/engines/test_sync.py tests/engines/test_job.py \
-	tests/engines/test_sglang.py -k "test_engine_contract or test_sglang or ranks_have or weights_differ or group-rollout or replayed"
+# Of the tests of jobs and sync, those that the engine has a part in; `make test-long` has the rest. The contract's last
+# test ends the server.
+SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
+	tests/engines/test_job.py -k "test_sglang or test_engine_contract or ranks_have or weights_differ or group-rollout"
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-long test-latest lint types format clean
@@ -29,8 +30,8 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say PYTHON=..." >&2; exit 1; }
 	@echo "installing the pinned set into $(VENV): about two minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint requirements/cpu.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements/cpu.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -39,8 +40,8 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 $(SGLANG_STAMP): requirements/sglang-cpu.txt
 	@echo "installing SGLang into $(SGLANG_VENV): about two minutes"
 	$(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --constraint requirements/sglang-cpu.txt torch==2.13.0
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/sglang-cpu.txt
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-compile --constraint requirements/sglang-cpu.txt torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/sglang-cpu.txt
 	echo $(CURDIR)/tests/sglang_cpu > $$($(SGLANG_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sglang_cpu.pth
 	@touch $@
 
@@ -79,7 +80,7 @@ test-latest:  ## The backend's tests under Python 3.12 and the newest megatron-c
 	$(PYTHON312) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet torch==2.13.0
 	grep -vE '^(\#|torch==|triton==|vllm|megatron-core)' requirements/cpu.txt > .venv-latest/requirements.txt
-	.venv-latest/bin/python -m pip install --quiet --no-deps -r .venv-latest/requirements.txt 'megatron-core>=0.19,<0.20'
+	.venv-latest/bin/python -m pip install --quiet --no-compile --no-deps -r .venv-latest/requirements.txt 'megatron-core>=0.19,<0.20'
 	.venv-latest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest tests/backend tests/distributed $(ARGS)
 
