@@ -43,7 +43,7 @@ class Flight:
     wire_id: str  # by which the server knows it: two samples, or another client's, may have the same id
     spans: list[tuple[int, int]]
     tokens: int = 0  # sampled when it was last held
-    held: bool = False  # by a pause that keeps requests
+    held: bool = False  # by the last pause
 
 
 def wire_id(request_id: str) -> str:
@@ -291,11 +291,11 @@ class HttpEngine(abc.ABC):
             raise EngineError(self.url, "pause refused: requests are held, expected resume() or an update first")
         if self._state == "ready":  # an unusable one stays so until a full update has succeeded
             self._state = "paused"
+        for flight in self._flights:
+            flight.held = mode == "keep"
         if mode == "keep":
             self._held = True
             self._open.clear()
-            for flight in self._flights:
-                flight.held = True
             try:
                 await self._pause_server(mode)
                 await self._count_tokens()
