@@ -181,8 +181,9 @@ def test_ctrl_c_leaves_nothing_running(recipe: Path) -> None:
         (KIND.process, r"failed: engine ended with code 137|EngineUnreachable: engine http://127.0.0.1:\d+: "),
     ],
 )
-def test_a_process_that_dies_ends_the_job(recipe: Path, victim: str, message: str) -> None:
-    job = command(recipe, "training.steps=1000")
+def test_a_process_that_dies_ends_the_job(recipe: Path, server: str, victim: str, message: str) -> None:
+    engine = [] if victim == KIND.process else [f"rollout.urls=[{server}]"]
+    job = command(recipe, "training.steps=1000", *engine)
     wait_until(lambda: steps_done(recipe) >= 1, job)
     family = descendants(job.pid)
     pids = [pid for pid, name in family.items() if victim in name and "processes.py" not in name]
