@@ -176,10 +176,12 @@ class HttpEngine(abc.ABC):
         return (await self._weights())[0]
 
     async def layout(self) -> list[list[Box]]:
+        await self.capabilities()
         answers = sorted(await self._worker_layouts(), key=lambda answer: int(answer["worker"]))
         return [[*map(Box.from_json, answer["boxes"])] for answer in answers]
 
     async def checksum(self) -> dict[str, int]:
+        await self.capabilities()
         answers = sorted(await self._worker_fingerprints(), key=lambda answer: int(answer["worker"]))
         found: dict[str, dict[tuple[Box, ...], int]] = {}
         for boxes, answer in zip(await self.layout(), answers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_every_number_of_a_model_is_in_an_update(served: Served, original: Any, 
     assert random != others and random != first and first == second
 
 
+@pytest.mark.skipif("MDPPO_ALL_PAIRS" not in os.environ, reason="for make test-long: a server of its own")
 def test_a_model_that_sglang_would_serve_wrongly_is_named(
     request: pytest.FixtureRequest, tmp_path: Path, original: Any
 ) -> None:
