@@ -6,10 +6,10 @@ import asyncio
 import base64
 import copy
 import json
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.control import connect_store
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, Sampling
 from megatron_dppo.rollout.sglang import SglangEngine
 from megatron_dppo.rollout.sglang_answer import (
@@ -27,7 +28,7 @@ from megatron_dppo.rollout.sglang_answer import (
     wire_version,
 )
 from megatron_dppo.rollout.sglang_buckets import buckets_of
-from megatron_dppo.rollout.sglang_call import LOADER, Call
+from megatron_dppo.rollout.sglang_call import LOADER, Call, answer_key
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import without_last_token
 from tests.tiny_models import tiny_config
@@ -188,6 +189,7 @@ class Stub:
         self.model: dict[str, Any] = {"model_type": "qwen3_moe", "model_path": "/model", "weight_version": "default"}
         self.absent: set[str] = set()
         self.posted: list[tuple[str, Any]] = []
+        self.workers: list[dict[str, Any]] = []  # what each answers to a call
 
 
 @pytest.fixture
@@ -215,6 +217,12 @@ def stub() -> Iterator[Stub]:
             state.posted.append(
                 (self.path, json.loads(self.rfile.read(int(self.headers["content-length"] or 0)) or "{}"))
             )
+            path, body = state.posted[-1]
+            if path == "/update_weights_from_tensor" and state.workers:
+                call = decoded(body["serialized_named_tensors"][0])
+                store = connect_store(call.store, 10.0)
+                for number, found in enumerate(state.workers):
+                    store.set(answer_key(call.number, number), json.dumps(found))
             self.answer(200, {"success": True})
 
         def log_message(self, *args: Any) -> None:
@@ -311,9 +319,41 @@ def test_a_call_whose_worker_leaves_no_answer_is_named(stub: Stub, arch: Archite
     assert len(body["serialized_named_tensors"]) == 2 and body["load_format"] == LOADER and not body["flush_cache"]
 
 
-def test_a_message_survives_the_wire(tmp_path: Path) -> None:
-    import pickle
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"unread": ["a", "b"]}, {"unread": ["b"]}, r"it reads nothing of 1 tensors \(b\), without a word"),
+        ({"unreached": ["a"]}, {"unreached": ["a"]}, r"it has 1 parameters that no tensor reaches \(a\)"),
+        ({"error": "RuntimeError: full"}, {}, "layout: RuntimeError: full"),
+    ],
+)
+def test_what_sglang_leaves_out_is_named(
+    stub: Stub, arch: Architecture, first: dict[str, Any], second: dict[str, Any], message: str
+) -> None:
+    common = {"boxes": [], "unread": [], "unreached": []}
+    stub.workers = [{"worker": 0, **common, **first}, {"worker": 1, **common, **second}]
+    with pytest.raises(EngineError, match=message):
+        ask(stub, arch, lambda engine: engine.layout())
 
+
+def test_workers_may_keep_different_parts(stub: Stub, arch: Architecture) -> None:
+    """One has the padding of a small vocabulary, and tied heads and layers of multi-token prediction go unread."""
+    unread = ["lm_head.weight", "model.layers.2.enorm.weight"]
+    boxes = [["model.norm.weight", [0], [64]]]
+    stub.workers = [
+        {"worker": 0, "boxes": boxes, "unread": unread, "unreached": []},
+        {"worker": 1, "boxes": boxes, "unread": [*unread, "model.embed_tokens.weight"], "unreached": ["embed"]},
+    ]
+    layout = ask(stub, arch, lambda engine: engine.layout())
+    assert [[box.tensor for box in boxes] for boxes in layout] == [["model.norm.weight"]] * 2
+
+
+def test_a_message_survives_the_wire() -> None:
     call = Call(7, "receive", {"version": 3, "file": {"path": "/x"}}, "/model", "host:1")
-    ((name, tensor),) = pickle.loads(base64.b64decode(call.message()))
-    assert Call.from_json(name) == call and tensor.numel() == 0
+    assert decoded(call.message()) == call
+
+
+def decoded(message: str) -> Call:
+    ((name, tensor),) = pickle.loads(base64.b64decode(message))
+    assert tensor.numel() == 0
+    return Call.from_json(name)
