@@ -29,8 +29,7 @@ from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang_answer import wire_version
 from megatron_dppo.rollout.sglang_loader import own_address
 from megatron_dppo.rollout.sglang_weights import UNUSABLE, Sessions
-from megatron_dppo.weights.hub_files import TensorInfo
-from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
+from megatron_dppo.weights.image import checked_tensors, map_tensors, shown
 from megatron_dppo.weights.mapping import hub_shapes
 
 BUCKET_BYTES = 512 << 20
@@ -69,21 +68,11 @@ class BucketWeights:
             return
         self._staged = None
         try:
-            await asyncio.to_thread(self._check, update)
+            shapes = {name: tuple(shape) for name, shape in hub_shapes(self._arch).items()}
+            await asyncio.to_thread(checked_tensors, update, shapes, needed=set(shapes))
         except (ValueError, OSError) as error:
             raise EngineError(self._http.url, f"{type(error).__name__}: {error}") from error
         self._staged = update
-
-    def _check(self, manifest: Manifest) -> None:
-        shapes = hub_shapes(self._arch)
-        known = {name: TensorInfo(torch.float32, tuple(shape)) for name, shape in shapes.items()}
-        found = {name: tuple(shape) for name, _, shape, _ in manifest.tensors}
-        check_complete(found, known, needed=set(shapes))
-        tensors = dict(map_tensors(manifest))
-        if manifest.crc32 is not None:
-            crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
-            if bad := [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]:
-                raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
 
     async def put_in_use(self, version: int, updates: int) -> int:
         manifest, self._staged = self._staged, None

@@ -49,9 +49,10 @@ def join_turns(turns: Sequence[Trajectory]) -> Trajectory:
 
 def without_last_token(t: Trajectory) -> Trajectory:
     """The trajectory before its last token was sampled, and so without the row of routes of the token before."""
-    routes = {} if t.routes is None else {"routed_experts": t.routes[0][:-1], "routes_valid": t.routes[1][:-1]}
-    names = ("response_ids", "loss_mask", "rollout_logprobs", "topk_ids", "topk_logprobs", "policy_versions")
-    return replace(t, **{name: getattr(t, name)[:-1] for name in names}, **routes)
+    names = ["response_ids", "loss_mask", "rollout_logprobs", "topk_ids", "topk_logprobs", "policy_versions"]
+    names += [] if t.routes is None else ["routed_experts", "routes_valid"]
+    fields: dict[str, Any] = {name: getattr(t, name)[:-1] for name in names}
+    return replace(t, **fields)
 
 
 def _routes(turns: Sequence[Trajectory]) -> dict[str, Any]:

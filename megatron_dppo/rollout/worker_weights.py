@@ -23,7 +23,7 @@ from megatron_dppo.control import connect_store
 from megatron_dppo.rollout.engine import GroupUpdate, Manifest
 from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
-from megatron_dppo.weights.image import check_complete, checksums, map_tensors, shown
+from megatron_dppo.weights.image import checked_tensors
 from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
 
 UNUSABLE = -1  # the version of weights that a failed update left half-written
@@ -170,18 +170,9 @@ class WorkerWeights:
         return {"worker": self.worker, "fingerprints": of_tensors}
 
     def _stage(self, manifest: Manifest) -> Staged:
-        check_complete(
-            {name: tuple(shape) for name, _, shape, _ in manifest.tensors},
-            self.tensors,
-            needed={name for name, _, _ in self.reload.boxes},
-        )
-        tensors = dict(map_tensors(manifest))
-        if manifest.crc32 is not None:
-            crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
-            bad = [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]
-            if bad:
-                raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
-        return Staged(manifest.version, tensors)
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        needed = {name for name, _, _ in self.reload.boxes}
+        return Staged(manifest.version, checked_tensors(manifest, shapes, needed=needed))
 
     def _take(self, update: GroupUpdate) -> None:
         """Receives everything into the model, layer by layer: there is no memory to keep it elsewhere."""

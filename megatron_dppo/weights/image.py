@@ -64,7 +64,23 @@ def manifest_of(path: Path, version: int) -> Manifest:
     return Manifest(version, manifest.path, entries, manifest.nbytes, tuple(crc32[name] for name in tensors))
 
 
-def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo], *, needed: set[str]) -> None:
+def checked_tensors(
+    manifest: Manifest, stored: Mapping[str, tuple[int, ...]], *, needed: set[str]
+) -> dict[str, Tensor]:
+    """An update's tensors, as `map_tensors`, once they are known to be complete (`stored`: the checkpoint's shapes) and
+    undamaged. Raises ValueError."""
+    _check_complete({name: tuple(shape) for name, _, shape, _ in manifest.tensors}, stored, needed)
+    tensors = dict(map_tensors(manifest))
+    if manifest.crc32 is not None:
+        crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
+        if bad := [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]:
+            raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
+    return tensors
+
+
+def _check_complete(
+    got: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], needed: set[str]
+) -> None:
     """Raise ValueError unless an update holds every tensor that is needed, and none but the checkpoint's.
 
     A checkpoint may hold tensors that no worker reads (a tied head written out, layers of multi-token prediction), and
@@ -73,9 +89,9 @@ def check_complete(got: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo
     missing = sorted(needed - got.keys())
     unknown = sorted(got.keys() - stored.keys() - {"lm_head.weight"})
     wrong = [
-        f"{name} {got[name]} instead of {stored[name].shape}"
+        f"{name} {got[name]} instead of {stored[name]}"
         for name in sorted(got.keys() & stored.keys())
-        if got[name] != stored[name].shape
+        if got[name] != stored[name]
     ]
     faults = [
         f"{what} {shown(names)}"
