@@ -36,6 +36,20 @@ def room_for_response(
     return ids.tolist(), min(sampling.max_tokens, room)
 
 
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """What engines call by the same names in a request."""
+    return {
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+    }
+
+
 def response_ids(token_ids: Any, vocab_size: int) -> Array:
     """i32[R]. Raises ValueError."""
     if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dppo.rollout.answers import largest, response_ids, room_for_response, routes_fields, versions_of
+from megatron_dppo.rollout.answers import (
+    largest,
+    response_ids,
+    room_for_response,
+    routes_fields,
+    sampling_fields,
+    versions_of,
+)
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, Sampling
 from megatron_dppo.rollout.trajectory import Array, Trajectory
 
@@ -52,16 +59,9 @@ def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampl
     return {
         "input_ids": ids,
         "sampling_params": {
-            "temperature": sampling.temperature,
+            **sampling_fields(sampling),
             "max_new_tokens": room,
             "sampling_seed": sampling.seed,  # heeded by servers with --enable-deterministic-inference
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "repetition_penalty": sampling.repetition_penalty,
             "skip_special_tokens": False,
         },
         "return_logprob": True,

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dppo.rollout.answers import largest, response_ids, room_for_response, routes_fields, versions_of
+from megatron_dppo.rollout.answers import (
+    largest,
+    response_ids,
+    room_for_response,
+    routes_fields,
+    sampling_fields,
+    versions_of,
+)
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, Sampling
 from megatron_dppo.rollout.trajectory import Array, Trajectory
 
@@ -33,17 +40,10 @@ def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampl
     return {
         "token_ids": ids,
         "sampling_params": {
-            "temperature": sampling.temperature,
+            **sampling_fields(sampling),
             "max_tokens": room,
             "logprobs": num_asked(sampling, facts.vocab_size),
             "seed": sampling.seed,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "repetition_penalty": sampling.repetition_penalty,
             "detokenize": False,
         },
     }

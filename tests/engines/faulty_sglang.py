@@ -11,6 +11,7 @@ import torch
 
 from megatron_dppo.rollout import sglang_worker
 from megatron_dppo.rollout.sglang_call import Call
+from tests.engines.faults import at_box
 
 
 def call(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -57,15 +58,4 @@ def test_forget_routes(forget: bool) -> None:
 
 def _at_box(after: int, what: Callable[..., Any]) -> None:
     (weights,) = sglang_worker._weights.values()
-    reload: Any = weights.reload
-    sound, taken = reload.place, 0
-
-    def faulty(*args: Any) -> None:
-        nonlocal taken
-        if taken == after:
-            reload.place = sound
-            what(*args)
-        taken += 1
-        sound(*args)
-
-    reload.place = faulty
+    at_box(weights.reload, after, what)

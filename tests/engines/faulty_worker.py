@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_dppo.rollout import vllm_cpu
 from megatron_dppo.rollout.vllm_worker import WorkerExtension
+from tests.engines.faults import at_box
 
 
 class FaultyExtension(WorkerExtension):
@@ -48,18 +49,7 @@ class FaultyExtension(WorkerExtension):
         return {}
 
     def _at_box(self, after: int, what: Callable[..., Any]) -> dict[str, Any]:
-        reload: Any = self.weight_transfer_engine.weights.reload
-        sound, taken = reload.place, 0
-
-        def faulty(*args: Any) -> None:
-            nonlocal taken
-            if taken == after:
-                reload.place = sound
-                what(*args)
-            taken += 1
-            sound(*args)
-
-        reload.place = faulty
+        at_box(self.weight_transfer_engine.weights.reload, after, what)
         return {}
 
     def test_parameters(self) -> dict[str, int]:
