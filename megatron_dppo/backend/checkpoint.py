@@ -9,14 +9,16 @@ renamed when every rank is through.
 from __future__ import annotations
 
 import json
+import queue as queues
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_dppo.backend.model import Model
@@ -31,7 +33,7 @@ RESHARDABLE = {
     "distrib_optim_fully_reshardable_mem_efficient": True,  # else every replica gathers all of it
     "chained_optim_avoid_prefix": True,
 }
-WRITERS = 1  # processes a rank writes with
+FILES = 1  # of a rank
 
 
 def save_training(
@@ -57,7 +59,8 @@ def save_training(
             shutil.copyfile(file, queue_path(beside, step))
     dist.barrier()
     metadata = _metadata(model)
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)
+    _write_in_this_process()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=FILES)
     tensors = _sharded_state(model, optimizer, metadata, loading=False)
     dist_checkpointing.save(tensors, str(beside), sharded_strategy=strategy, content_metadata=metadata)
     dist.barrier()
@@ -75,6 +78,38 @@ def load_training(path: Path, model: Model, optimizer: Optimizer) -> None:
     for v, chunk in enumerate(optimizer.chunks):
         chunk.module.load_state_dict(loaded.get(f"model{v}", {}), strict=True)  # a chunk without layers has none
     optimizer.load_state(loaded)
+
+
+def _write_in_this_process() -> None:
+    """Has Megatron write files without processes of its own.
+
+    0.16 forks a rank, whose communication has threads, for each of its files: such a fork can wait for ever
+    for a lock that a thread held. All versions start a process that imports everything again, for a queue of results.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queues.Queue()
+    writer = filesystem_async.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multiproc"):
+        writer.write_preloaded_data_multiproc = staticmethod(_write_files)
+
+
+def _write_files(
+    transforms: Sequence[Any], use_msc: bool, rank: int, files: Sequence[Any], results: queues.Queue[Any]
+) -> None:
+    """Megatron 0.16's `write_preloaded_data_multiproc`, file by file; leaves what was written, or what went wrong."""
+    written: dict[int, Any] = {}
+    for number, file in enumerate(files):
+        answers: queues.Queue[Any] = queues.Queue()
+        to_do: queues.Queue[int] = queues.Queue()
+        to_do.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, file, answers, to_do, use_fsync=True, use_msc=use_msc
+        )
+        _, written[number] = answers.get()
+        if isinstance(written[number], Exception):
+            results.put(written[number])
+            return
+    results.put(written)
 
 
 def _metadata(model: Model) -> dict[str, Any]:
