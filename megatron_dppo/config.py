@@ -111,6 +111,15 @@ class ParallelConfig(Section):
         return self.tensor > 1 if self.sequence_parallel == "auto" else self.sequence_parallel
 
 
+class ClusterConfig(Section):
+    """The machines of a job: what launchers of several nodes allocate, and what the planner reckons with."""
+
+    nodes: int = Field(1, ge=1)  # for the trainer's ranks, evenly
+    engine_nodes: int = Field(0, ge=0)  # for the engines alone; 0: they run on the trainer's nodes
+    devices_per_node: int = Field(8, ge=1)
+    device: Literal["auto", "cpu", "h100", "h200", "b200"] = "auto"  # auto: what this machine has
+
+
 class DataConfig(Section):
     """JSONL files of prompts with checkable answers."""
 
@@ -315,6 +324,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    cluster: ClusterConfig = ClusterConfig()
     data: DataConfig
     reward: RewardConfig
     rollout: RolloutConfig
