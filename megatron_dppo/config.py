@@ -120,13 +120,43 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "h100", "h200", "b200"] = "auto"  # auto: what this machine has
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights; not there yet, and refused by a rule."""
+
+    rank: int = Field(0, ge=0)  # 0: all weights are trained
+    alpha: float | None = Field(None, gt=0)
+
+
+class EvalSetConfig(Section):
+    """A file of held-out prompts; null: as in training."""
+
+    path: Path
+    prompt_key: str | None = Field(None, min_length=1)
+    answer_key: str | None = Field(None, min_length=1)
+    prompt_template: str | None = None
+
+
+def _named_eval_sets(value: object) -> object:
+    """One path is a set without a name; a path by a name is a set with no keys of its own."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        return {"": {"path": value}}
+    return {name: each if isinstance(each, dict) else {"path": each} for name, each in value.items()}
+
+
+SetName = Annotated[str, Field(pattern=r"^[\w.-]*$")]
+EvalSets = Annotated[dict[SetName, EvalSetConfig], BeforeValidator(_named_eval_sets)]
+
+
 class DataConfig(Section):
     """JSONL files of prompts with checkable answers."""
 
     train: Path
-    eval: Path | None = None
-    prompt_key: str = Field("prompt", min_length=1)
+    eval: EvalSets = {}  # by name, as in eval/NAME/avg@32; or one path, which has none
+    prompt_key: str = Field("prompt", min_length=1)  # dots go into objects: reward_model.ground_truth
     answer_key: str = Field("answer", min_length=1)
+    prompt_template: str = "{prompt}"  # text around a prompt that is text, or around the last message of a list
     max_prompt_tokens: int = Field(gt=0)  # longer prompts are refused, with a count
     chat_template: bool = False
 
@@ -298,10 +328,14 @@ class EvaluationConfig(Section):
     """Accuracy on `data.eval`, before and after training and every so many steps."""
 
     every: int = Field(0, ge=0)  # 0: only before and after
-    prompts: int = Field(512, gt=0)  # the first so many of the file
-    target_accuracy: float | None = Field(None, gt=0, le=1)  # stop when greedy, and sampled if measured, reach it
-    sampled: bool = True  # beside greedy
-    temperature: float = Field(1.0, gt=0)  # of the sampled evaluation
+    prompts: int = Field(512, gt=0)  # the first so many of each file
+    target_accuracy: float | None = Field(None, gt=0, le=1)  # stop when every accuracy that is measured reaches it
+    greedy: bool = True  # one response a prompt at temperature 0
+    sampled: bool = True
+    samples: int = Field(1, gt=0)  # k of Avg@k: responses a prompt of the sampled evaluation
+    temperature: float = Field(1.0, gt=0)  # of the sampled evaluation, as is top_p; training may not truncate
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: int | None = Field(None, gt=0)  # null: rollout.max_response_tokens
 
 
 class CheckpointConfig(Section):
@@ -323,6 +357,7 @@ class Config(Section):
 
     run: RunConfig
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     cluster: ClusterConfig = ClusterConfig()
     data: DataConfig
@@ -405,6 +440,12 @@ def reference_kl_of(config: Config) -> ReferenceKl:
 def num_recorded_topk(config: Config) -> int:
     """How many of the engine's most probable tokens are recorded: the objective's K, or some for the metrics alone."""
     return objective_of(config).top_k or config.rollout.log_topk
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt and response that engines are asked for, in training or evaluation."""
+    longest = max(config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    return config.data.max_prompt_tokens + longest
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

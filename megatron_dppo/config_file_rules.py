@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_dppo.data.prompts import ABSENT, value_at
 
 if TYPE_CHECKING:
     from megatron_dppo.config import DataConfig, EvaluationConfig, ModelConfig
@@ -82,20 +84,22 @@ def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
 
 
 def _train_prompts(data: DataConfig) -> Iterator[str]:
-    yield from _prompt_file("data.train", data.train, data)
+    yield from _prompt_file("data.train", data.train, (data.prompt_key, data.answer_key))
 
 
 def _eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[str]:
-    if data.eval is not None:
-        yield from _prompt_file("data.eval", data.eval, data)
+    for name, chosen in data.eval.items():
+        keys = (chosen.prompt_key or data.prompt_key, chosen.answer_key or data.answer_key)
+        yield from _prompt_file(f"data.eval.{name}" if name else "data.eval", chosen.path, keys)
+    if data.eval:
         return
     for name in ("every", "target_accuracy"):
         if getattr(evaluation, name):
             yield f"evaluation.{name}: got {getattr(evaluation, name)}, but data.eval is not set"
 
 
-def _prompt_file(key: str, path: Path, data: DataConfig) -> Iterator[str]:
-    """The file is there and its first line names the keys; lines are judged one by one when they are read."""
+def _prompt_file(key: str, path: Path, names: Sequence[str]) -> Iterator[str]:
+    """The file is there and its first line has the keys; lines are judged one by one when they are read."""
     if not path.is_file():
         yield f"{key}: no file {path}, expected JSONL with one prompt and answer a line"
         return
@@ -108,8 +112,8 @@ def _prompt_file(key: str, path: Path, data: DataConfig) -> Iterator[str]:
         record = json.loads(first)
     except ValueError:
         return
-    for name in (data.prompt_key, data.answer_key):
-        if isinstance(record, dict) and name not in record:
+    for name in names:
+        if isinstance(record, dict) and value_at(record, name) is ABSENT:
             yield f"{key}: the first line of {path} has no key {name!r}, its keys are {few(sorted(record))}"
 
 

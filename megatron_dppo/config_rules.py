@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.config_file_rules import FILE_RULES, few
+from megatron_dppo.data.prompts import PLACE
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.mapping import hub_shapes
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         DataConfig,
         EvaluationConfig,
         HeadConfig,
+        LoraConfig,
         LossConfig,
         ModelConfig,
         ObjectiveConfig,
@@ -135,7 +137,33 @@ def _layout(parallel: ParallelConfig, arch: Architecture) -> Iterator[str]:
         yield "parallel.sequence_parallel: got false, expected true or auto: experts under tensor > 1 need it"
 
 
+def _lora(lora: LoraConfig) -> Iterator[str]:
+    """What a recipe may name already, and no trainer does yet."""
+    if lora.rank:
+        yield (
+            f"lora: got rank {lora.rank}, expected 0: training of low-rank adapters is not there yet; leave the "
+            "section out to train all weights"
+        )
+    elif lora.alpha is not None:
+        yield f"lora.alpha: got {lora.alpha}, which lora.rank 0 does not use"
+
+
+def _templates(data: DataConfig) -> Iterator[str]:
+    """The prompt has one place in every template."""
+    templates: dict[str, str | None] = {"data.prompt_template": data.prompt_template}
+    templates |= {f"data.eval.{name}.prompt_template": chosen.prompt_template for name, chosen in data.eval.items()}
+    for key, template in templates.items():
+        if template is not None and template.count(PLACE) != 1:
+            yield f"{key}: got {template!r}, expected {PLACE} once, where the prompt goes"
+
+
 def _evaluation(evaluation: EvaluationConfig) -> Iterator[str]:
+    if not evaluation.greedy and not evaluation.sampled:
+        yield "evaluation.greedy, evaluation.sampled: got false for both, expected one of them true"
+    if not evaluation.sampled:
+        for name in ("samples", "temperature", "top_p"):
+            if (got := getattr(evaluation, name)) != type(evaluation).model_fields[name].default:
+                yield f"evaluation.{name}: got {got}, which evaluation.sampled false does not use"
     if evaluation.target_accuracy is not None and not evaluation.every:
         yield "evaluation.every: got 0, expected more: evaluation.target_accuracy needs it"
 
@@ -224,13 +252,15 @@ def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:
         yield "rollout.samples_per_prompt: got 1, expected at least 2: a group of one has advantage 0"
 
 
-def _lengths(rollout: RolloutConfig, data: DataConfig, arch: Architecture) -> Iterator[str]:
-    longest = data.max_prompt_tokens + rollout.max_response_tokens
-    if longest > arch.max_position_embeddings:
-        yield (
-            f"data.max_prompt_tokens + rollout.max_response_tokens: got {longest}, expected at most "
-            f"the model's max_position_embeddings {arch.max_position_embeddings}"
-        )
+def _lengths(
+    rollout: RolloutConfig, data: DataConfig, evaluation: EvaluationConfig, arch: Architecture
+) -> Iterator[str]:
+    for name, tokens in (("rollout", rollout.max_response_tokens), ("evaluation", evaluation.max_response_tokens)):
+        if tokens and (longest := data.max_prompt_tokens + tokens) > arch.max_position_embeddings:
+            yield (
+                f"data.max_prompt_tokens + {name}.max_response_tokens: got {longest}, expected at most "
+                f"the model's max_position_embeddings {arch.max_position_embeddings}"
+            )
 
 
 def _micro_batch(
@@ -421,6 +451,8 @@ RULES = (
     _gpus,
     _layers,
     _layout,
+    _lora,
+    _templates,
     _evaluation,
     _sampling,
     _transport,

@@ -37,6 +37,7 @@ from megatron_dppo.control import (
 from megatron_dppo.metrics import (
     METRICS,
     Progress,
+    evaluation_of,
     keep_records_before,
     plot_learning_curve,
     read_metrics,
@@ -281,7 +282,7 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
     run_dir = config.run.dir
     records = read_metrics(run_dir / METRICS)
     trained = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if "eval/accuracy_greedy" in record]
+    evaluated = [found for record in records if (found := evaluation_of(record))]
 
     def accuracy(position: int, kind: str) -> float | None:
         return evaluated[position].get(f"eval/accuracy_{kind}") if evaluated else None
@@ -294,6 +295,8 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
         "accuracy_after": accuracy(-1, "greedy"),
         "accuracy_before_sampled": accuracy(0, "sampled"),
         "accuracy_after_sampled": accuracy(-1, "sampled"),
+        "evaluation_before": evaluated[0] if evaluated else None,
+        "evaluation_after": evaluated[-1] if evaluated else None,
         "steps": len(trained),
         "seconds": round(seconds, 1),
         "step_seconds": round(_step_seconds(trained), 3),

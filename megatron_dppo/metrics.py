@@ -2,8 +2,9 @@
 curve.
 
 A metric is a number by name. `COLUMNS` names those that the progress row and the figure show; any other goes
-to the files just the same. Held-out accuracies are `eval/accuracy_greedy` and `eval/accuracy_sampled`, and
-the seconds of a phase `seconds/<phase>`.
+to the files just the same. Held-out accuracies are `eval/accuracy_greedy` and `eval/accuracy_sampled`, of a
+set with a name `eval/<set>/accuracy_greedy`, `eval/<set>/avg@32` and so on, and the seconds of a phase
+`seconds/<phase>`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ ENTROPY = "entropy"
 MASKED_POSITIVE = "masked_share_positive"  # of the tokens with A > 0
 MASKED_NEGATIVE = "masked_share_negative"  # of the tokens with A < 0
 RESPONSE_LENGTH = "response_length"
-EVAL_GREEDY = "eval/accuracy_greedy"
-EVAL_SAMPLED = "eval/accuracy_sampled"
+EVALUATION = "eval/"
 SECONDS = "seconds/"
 
 
@@ -122,7 +122,7 @@ class Progress:
     def _show(self, record: dict[str, Any]) -> None:
         metrics = {name: value for name, value in record.items() if value is not None}
         # An evaluation is of the weights before the step's training.
-        if EVAL_GREEDY in metrics or EVAL_SAMPLED in metrics:
+        if evaluation_of(metrics):
             self._print(evaluation_row(record["step"], metrics))
         if any(column.key in metrics for column in COLUMNS):
             if self._rows % ROWS_PER_HEADER == 0:
@@ -151,8 +151,18 @@ def progress_row(step: int, metrics: Mapping[str, float]) -> str:
 
 def evaluation_row(step: int, metrics: Mapping[str, float]) -> str:
     """One line: held-out accuracies."""
-    named = (("greedy", EVAL_GREEDY), ("sampled", EVAL_SAMPLED))
-    return f"{step:5d} held-out accuracy: " + ", ".join(f"{n} {metrics[key]:.3f}" for n, key in named if key in metrics)
+    found = [f"{_eval_label(name)} {value:.3f}" for name, value in evaluation_of(metrics).items()]
+    return f"{step:5d} held-out accuracy: {', '.join(found)}"
+
+
+def evaluation_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The held-out accuracies of a record; empty where nothing was evaluated."""
+    return {name: value for name, value in record.items() if name.startswith(EVALUATION)}
+
+
+def _eval_label(name: str) -> str:
+    """`greedy`, `aime24/avg@32`."""
+    return name.removeprefix(EVALUATION).replace("accuracy_", "")
 
 
 class Laps:
@@ -209,12 +219,8 @@ def plot_learning_curve(metrics_path: Path | str, png_path: Path | str) -> None:
     panels = figure.subplots(2, 2, sharex=True)
     accuracy, mismatch, entropy, masked = panels.flat
     _draw(accuracy, records, {REWARD: "training reward"}, color="tab:gray", alpha=0.7)
-    _draw(
-        accuracy,
-        records,
-        {EVAL_GREEDY: "held-out accuracy, greedy", EVAL_SAMPLED: "held-out, sampled"},
-        marker="o",
-    )
+    evaluated = dict.fromkeys(name for record in records for name in evaluation_of(record))
+    _draw(accuracy, records, {name: f"held-out, {_eval_label(name)}" for name in evaluated}, marker="o")
     _draw(mismatch, records, {MEAN_ABS_PI_MINUS_MU: "with the step's updates", MISMATCH: "same weights"})
     _draw(entropy, records, {ENTROPY: "training"})
     _draw(masked, records, {MASKED_POSITIVE: "A > 0", MASKED_NEGATIVE: "A < 0"})

@@ -370,7 +370,7 @@ async def _overlap(config: Config, engine: WaitingEngine, run: Path) -> None:
         arch = load_architecture(config.model.path)
         sampler = Sampler(config, fleet, tokenizer, prompts, lambda *_: {"reward": next(rewards)}, arch)
         ahead = Ahead(sampler)
-        await Client(config, orders, sampler, ahead, arch, shared, ()).run()
+        await Client(config, orders, sampler, ahead, arch, shared, {}).run()
         await ahead.close()
         for child in children:
             while child.poll() is None:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 KEPT_LINE_NUMBERS = 5  # of refused lines, for each reason
 
 NOT_JSON = "not a JSON object"
-MISSING_KEY = "missing or unusable prompt or answer"
+NO_VALUE = "without a usable {}"  # key
 EMPTY = "empty prompt"
 NOT_IN_VOCABULARY = "cannot be tokenised"
 TOO_LONG = "longer than max_prompt_tokens"
+PLACE = "{prompt}"  # of the prompt's text in a template
+ABSENT = object()  # what a record has under a key that it does not have
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,17 @@ def load_prompts(
     max_prompt_tokens: int,
     prompt_key: str = "prompt",
     answer_key: str = "answer",
+    prompt_template: str = PLACE,
     chat_template: bool = False,
     limit: int | None = None,
 ) -> PromptSet:
     """Reads JSONL objects with a prompt and an answer; stops after `limit` prompts are taken.
 
-    With `chat_template` a prompt is the user's message (or a list of messages) and is rendered with the
-    opening of the assistant's turn. Answers may be numbers. Blank lines are skipped; every other line that
-    cannot be used is refused and counted. Raises ValueError when no prompt is left.
+    Dots in a key go into objects. A prompt is a text or a list of messages; `prompt_template` has `{prompt}` where
+    the text, or that of the last message, goes. With `chat_template` the messages (a text is the user's) are rendered
+    with the opening of the assistant's turn; without, the last message's text is all that the model sees. Answers may
+    be numbers. Blank lines are skipped; every other line that cannot be used is refused and counted. Raises ValueError
+    when no prompt is left.
     """
     prompts: list[Prompt] = []
     refused: Counter[str] = Counter()
@@ -78,14 +83,14 @@ def load_prompts(
             if not raw.strip():
                 continue
             try:
-                text, answer = _parse(raw, prompt_key, answer_key)
-                token_ids = _tokenise(text, tokenizer, chat_template, max_prompt_tokens)
+                messages, answer = _parse(raw, prompt_key, answer_key, prompt_template)
+                token_ids = _tokenise(messages, tokenizer, chat_template, max_prompt_tokens)
             except _Refused as refusal:
                 refused[refusal.reason] += 1
                 if len(kept := lines.setdefault(refusal.reason, [])) < KEPT_LINE_NUMBERS:
                     kept.append(number)
                 continue
-            prompts.append(Prompt(number, text if isinstance(text, str) else json.dumps(text), answer, token_ids))
+            prompts.append(Prompt(number, messages[-1]["content"], answer, token_ids))
     taken = PromptSet(tuple(prompts), dict(refused), {reason: tuple(kept) for reason, kept in lines.items()})
     if not prompts:
         raise ValueError(f"prompts: no usable line in {path}, expected JSONL ({taken.describe()})")
@@ -100,36 +105,52 @@ class _Refused(Exception):
         self.reason = reason
 
 
-def _parse(raw: bytes, prompt_key: str, answer_key: str) -> tuple[str | list[Any], str]:
+def value_at(record: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, or under a path of keys with dots between them; ABSENT where there is none."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def _parse(raw: bytes, prompt_key: str, answer_key: str, template: str) -> tuple[list[dict[str, Any]], str]:
+    """A line's messages, the template around the last one's text, and its answer."""
     try:
         record = json.loads(raw.decode("utf-8"))
     except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise _Refused(NOT_JSON) from None
     if not isinstance(record, dict):
         raise _Refused(NOT_JSON)
-    prompt, answer = record.get(prompt_key), record.get(answer_key)
+    prompt, answer = value_at(record, prompt_key), value_at(record, answer_key)
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
-    if not isinstance(prompt, str | list) or not isinstance(answer, str):
-        raise _Refused(MISSING_KEY)
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if not isinstance(prompt, str | list):
+        raise _Refused(NO_VALUE.format(prompt_key))
+    if not isinstance(answer, str):
+        raise _Refused(NO_VALUE.format(answer_key))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages):
+        raise _Refused(NO_VALUE.format(prompt_key))
+    if not messages or not messages[-1]["content"].strip():
         raise _Refused(EMPTY)
-    return prompt, answer
+    text = template.replace(PLACE, messages[-1]["content"])
+    return [*messages[:-1], {**messages[-1], "content": text}], answer
 
 
 def _tokenise(
-    prompt: str | list[Any], tokenizer: PreTrainedTokenizerBase, chat_template: bool, max_prompt_tokens: int
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: bool, max_prompt_tokens: int
 ) -> np.ndarray:
     """int32 [P] of one prompt."""
-    if isinstance(prompt, list) and not chat_template:
-        raise _Refused(MISSING_KEY)  # messages have no text without a template
     try:
         if chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
         else:
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode(messages[-1]["content"])
     except Exception:  # tokenizers and templates raise bare Exceptions for text they do not cover
         raise _Refused(NOT_IN_VOCABULARY) from None
     if not ids:

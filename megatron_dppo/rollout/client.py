@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
 from megatron_dppo.checkpoints import queued_batches, start_of
-from megatron_dppo.config import Config, load_config, num_recorded_topk
+from megatron_dppo.config import Config, load_config, longest_sequence, num_recorded_topk
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
     ENGINE_URLS_VARIABLE,
@@ -31,10 +31,11 @@ from megatron_dppo.control import (
     Orders,
 )
 from megatron_dppo.data.packing import Plan, imbalance, plan_step, up_to_multiple
-from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
+from megatron_dppo.data.prompts import Prompt, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
-from megatron_dppo.rollout.engine import Capabilities, RolloutEngine, Sampling
+from megatron_dppo.rollout.engine import Capabilities, RolloutEngine
 from megatron_dppo.rollout.engines import client_of
+from megatron_dppo.rollout.evaluation import describe_eval_sets, evaluate, load_eval_sets, measures_of
 from megatron_dppo.rollout.fleet import Fleet
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.routes import probe_routes
@@ -54,7 +55,7 @@ class Client:
     ahead: Ahead
     arch: Architecture
     shared: Path
-    held_out: Sequence[Prompt]
+    held_out: Mapping[str, Sequence[Prompt]]  # by the name of their set
     start: int = 0  # steps done before
     seconds: dict[str, float] = field(default_factory=dict)  # of the step at hand, by phase
 
@@ -84,21 +85,18 @@ class Client:
                 await self._save(step + 1)
 
     async def _evaluate(self, step: int) -> dict[str, float] | None:
-        """Held-out accuracy where it is due: before, after, and every so many steps."""
+        """Held-out accuracies by name where they are due: before, after, and every so many steps."""
         settings = self.config.evaluation
         due = step in (0, self.config.training.steps) or (settings.every and step % settings.every == 0)
         if not self.held_out or not due:
             return None
         with timed(self.seconds, "evaluate"):
-            max_tokens = self.config.rollout.max_response_tokens
-            greedy = Sampling(temperature=0.0, max_tokens=max_tokens, training=False)
-            result = {
-                "accuracy_greedy": await self.sampler.accuracy(self.held_out, greedy, f"eval{step}-greedy"),
-            }
-            if settings.sampled:
-                sampled = Sampling(temperature=settings.temperature, max_tokens=max_tokens, training=False)
-                result["accuracy_sampled"] = await self.sampler.accuracy(self.held_out, sampled, f"eval{step}-sampled")
-        return result
+            sampler, measures = self.sampler, measures_of(self.config, self.held_out, f"eval{step}")
+            seed = self.config.run.seed
+            results = await evaluate(measures, sampler.fleet.sample, sampler.tokenizer, sampler.reward, seed)
+        for result in results:
+            print(f"step {step}: {result}", flush=True)
+        return {result.name: result.accuracy for result in results}
 
     def _reason_to_stop(self, step: int, evaluation: dict[str, float] | None) -> str | None:
         target = self.config.evaluation.target_accuracy
@@ -184,7 +182,7 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
         faults.append(f"a vocabulary of {found.vocab_size}, expected the model's {arch.vocab_size}")
     if found.dtype != rollout.dtype:
         faults.append(f"dtype {found.dtype}, expected rollout.dtype {rollout.dtype}")
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = longest_sequence(config)
     if found.max_model_len < longest:
         faults.append(f"a context of {found.max_model_len}, expected at least prompt + response = {longest}")
     if config.routing.mode == "rollout" and not found.routed_experts:
@@ -235,22 +233,17 @@ async def main(config: Config) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data = config.data
 
-    def prompts(path: Path, limit: int | None) -> PromptSet:
-        return load_prompts(
-            path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
-            answer_key=data.answer_key, chat_template=data.chat_template, limit=limit,
-        )  # fmt: skip
-
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     orders = Orders(control, config.training.rollout_timeout_s)
     engines, found = await connect_engines(config)
     reward = make_reward(config.reward)
     try:
-        train = prompts(data.train, None)
-        held_out = prompts(data.eval, config.evaluation.prompts) if data.eval else None
-        taken = {f"training, {data.train}": train.describe()}
-        if held_out:
-            taken[f"held out, {data.eval}"] = held_out.describe()
+        train = load_prompts(
+            data.train, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_key=data.prompt_key,
+            answer_key=data.answer_key, prompt_template=data.prompt_template, chat_template=data.chat_template,
+        )  # fmt: skip
+        held_out = load_eval_sets(config, tokenizer)
+        taken = {f"training, {data.train}": train.describe(), **describe_eval_sets(config, held_out)}
         arch = load_architecture(config.model.path)
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
         fleet = fleet_of(config, engines, orders)
@@ -265,7 +258,7 @@ async def main(config: Config) -> None:
             ahead=ahead,
             arch=arch,
             shared=Path(os.environ[SHARED_VARIABLE]),
-            held_out=held_out.prompts if held_out else (),
+            held_out={name: found.prompts for name, found in held_out.items()},
             start=start_of(config.resume),
         )
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config, num_recorded_topk
+from megatron_dppo.config import Config, longest_sequence, num_recorded_topk
 from megatron_dppo.processes import Child
 from megatron_dppo.rollout import sglang_server, vllm_server
 from megatron_dppo.rollout.engine import EngineUnreachable
@@ -37,7 +37,7 @@ def server_of(
         "tensor_parallel_size": rollout.tensor,
         "expert_parallel": rollout.expert_parallel,
         "gpu_memory_utilization": gpu_memory_utilization,
-        "max_model_len": config.data.max_prompt_tokens + rollout.max_response_tokens,
+        "max_model_len": longest_sequence(config),
         "max_num_seqs": rollout.max_concurrency,
         "routed_experts": config.routing.mode == "rollout",
     }

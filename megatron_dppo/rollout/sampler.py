@@ -64,7 +64,14 @@ class Sampler:
             top_k=settings.top_k,
         )
         requests = [
-            self._request(of_step[group], sampling, f"{step}-{number}", f"{step}-{group}", group)
+            request_of(
+                of_step[group],
+                sampling,
+                self.config.run.seed,
+                f"{step}-{number}",
+                group=f"{step}-{group}",
+                spread=group,
+            )
             for group in groups
             for number in range(group * size, (group + 1) * size)
         ]
@@ -74,7 +81,7 @@ class Sampler:
             with timed(seconds, "check_routes"):
                 await asyncio.to_thread(check_recorded, trajectories, self.arch)
         with timed(seconds, "score"):
-            scores = await self._score(trajectories, prompts)
+            scores = await score(trajectories, prompts, self.tokenizer, self.reward)
             of_group = np.repeat(np.asarray(groups), size)
             return with_advantages(trajectories, scores, of_group, self.config.advantage.normalise)
 
@@ -99,27 +106,24 @@ class Sampler:
             for sample, prompt in zip(samples, prompts, strict=True)
         )
 
-    async def accuracy(self, prompts: Sequence[Prompt], sampling: Sampling, name: str) -> float:
-        """Share of right answers, one to each prompt."""
-        answers = await self.fleet.sample(
-            [self._request(prompt, sampling, f"{name}-{i}", str(i), i) for i, prompt in enumerate(prompts)]
-        )
-        scores = await self._score(answers, prompts)
-        return float(np.mean([score.get("accuracy", score["reward"]) for score in scores]))
 
-    def _request(self, prompt: Prompt, sampling: Sampling, name: str, group: str, spread: int) -> Request:
-        """One response, with a seed of its own."""
-        seed = int(np.random.default_rng([self.config.run.seed, *name.encode()]).integers(MAX_SEED))
-        return Request(prompt.token_ids.tolist(), replace(sampling, seed=seed), name, group, spread)
+def request_of(prompt: Prompt, sampling: Sampling, seed: int, name: str, *, group: str, spread: int) -> Request:
+    """One response to a prompt, with a seed of its own, which follows from the run's and the request's name."""
+    own = int(np.random.default_rng([seed, *name.encode()]).integers(MAX_SEED))
+    return Request(prompt.token_ids.tolist(), replace(sampling, seed=own), name, group, spread)
 
-    async def _score(self, answers: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
-        texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
-        return await asyncio.gather(
-            *(
-                asyncio.to_thread(self.reward, text, prompt.answer, answer.finish_reason)
-                for text, prompt, answer in zip(texts, prompts, answers, strict=True)
-            )
+
+async def score(
+    answers: Sequence[Trajectory], prompts: Sequence[Prompt], tokenizer: Any, reward: Reward
+) -> list[dict[str, float]]:
+    """What the reward says of each answer to the prompt at its place."""
+    texts = tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
+    return await asyncio.gather(
+        *(
+            asyncio.to_thread(reward, text, prompt.answer, answer.finish_reason)
+            for text, prompt, answer in zip(texts, prompts, answers, strict=True)
         )
+    )
 
 
 def with_advantages(

@@ -56,9 +56,10 @@ def test_lines_are_taken_or_refused_one_by_one(tmp_path: Path, bytes_tokenizer: 
     assert bytes_tokenizer.decode(taken.prompts[1].token_ids) == "größe 你?"
     assert taken.refused == {
         "not a JSON object": 3,
-        "missing or unusable prompt or answer": 3,
+        "without a usable answer": 2,
         "empty prompt": 2,
         "longer than max_prompt_tokens": 1,
+        "without a usable prompt": 1,
     }
     assert taken.refused_lines["not a JSON object"] == (2, 7, 9)
     assert taken.describe().startswith("2 prompts taken, 9 refused: 3 not a JSON object (lines 2, 7, 9)")
