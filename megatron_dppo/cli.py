@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was star
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -66,10 +66,30 @@ def sync_check(
         raise typer.Exit(FAILED)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Config:
-    """The recipe, checked; a fault in it is the command's end."""
+@app.command()
+def evaluate(
+    config: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Measure the accuracy of CONFIG's model on its held-out prompts, without training: engines alone."""
+    from megatron_dppo.evaluate import evaluate_model, for_evaluation, print_evaluation
+
+    resolved = _load(config, overrides, for_evaluation)
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    with _user_errors("evaluate"):
+        evaluation = evaluate_model(resolved, console)
+    print_evaluation(evaluation, console)
+    if as_json:
+        typer.echo(json.dumps(asdict(evaluation)))
+
+
+def _load(path: Path, overrides: list[str] | None, adapt: Callable[[Config], Config] = lambda config: config) -> Config:
+    """The recipe as `adapt` makes it, checked; a fault in it is the command's end."""
     try:
-        config = load_config(path, overrides or [])
+        config = adapt(load_config(path, overrides or []))
         validate_or_raise(config)
     except ConfigError as error:
         typer.echo(f"megatron-dppo: {error}", err=True)

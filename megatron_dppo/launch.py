@@ -131,14 +131,16 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterator[Job]:
+def job(config: Config, console: Console, *, ranks: str | None, client: str) -> Iterator[Job]:
     """Starts engines, ranks and, once the engines answer, the client; ends what is left of them with the block.
 
-    `ranks`, `client`: the modules that they run, with the resolved config's path.
+    `ranks`, `client`: the modules that they run, with the resolved config's path. No ranks: engines have all GPUs.
     """
     config = with_transport(config)
     logs, resolved = config.run.dir / "logs", config.run.dir / "resolved.yaml"
     save_config(config, resolved)
+    if ranks is None:
+        config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ranks": 0})})
     with shared_directory(config.run.name) as shared, stop_on_exit() as children:  # memory goes after its writers
         control = Control.serve(HOST if all(map(is_local, config.rollout.urls)) else socket.gethostname())
         env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
@@ -149,7 +151,7 @@ def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterato
                 urls.append(url)
                 children.append(engine)
         engines = list(children)
-        argv = [sys.executable, "-m", ranks, str(resolved)]
+        argv = [sys.executable, "-m", str(ranks), str(resolved)]
         children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
         started = children[len(engines) :]
         console.print(

@@ -85,6 +85,64 @@ def test_a_chat_template_wraps_the_prompt(tmp_path: Path, bytes_tokenizer: PreTr
     assert texts == ["<user>hi<assistant>", "<system>s<user>u<assistant>"]
 
 
+DAPO = {"prompt": [{"role": "user", "content": "Solve: 1+1"}], "reward_model": {"ground_truth": "2", "style": "rule"}}
+MATH = {"problem": "Find $x$.", "level": "Level 1", "type": "Algebra", "solution": r"$\boxed{2}$", "answer": "2"}
+AIME = {"id": 60, "problem": "Find $x$.", "answer": 204}
+
+
+@pytest.mark.parametrize(
+    ("record", "keys", "settings", "rendered", "answer"),
+    [
+        (DAPO, ("prompt", "reward_model.ground_truth"), {"chat_template": True}, "<user>Solve: 1+1<assistant>", "2"),
+        (DAPO, ("prompt", "reward_model.ground_truth"), {}, "Solve: 1+1", "2"),  # a base model: the text alone
+        (MATH, ("problem", "answer"), {"prompt_template": "Q: {prompt}\nA:"}, "Q: Find $x$.\nA:", "2"),
+        (MATH, ("problem", "solution"), {}, "Find $x$.", r"$\boxed{2}$"),
+        (
+            AIME,
+            ("problem", "answer"),
+            {"prompt_template": r"{prompt} Use \boxed{}.", "chat_template": True},
+            r"<user>Find $x$. Use \boxed{}.<assistant>",
+            "204",
+        ),
+    ],
+)
+def test_files_as_users_have_them(
+    tmp_path: Path,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    record: dict[str, Any],
+    keys: tuple[str, str],
+    settings: dict[str, Any],
+    rendered: str,
+    answer: str,
+) -> None:
+    path = jsonl(tmp_path / "p.jsonl", record)
+    (prompt,) = load_prompts(
+        path, bytes_tokenizer, max_prompt_tokens=64, prompt_key=keys[0], answer_key=keys[1], **settings
+    ).prompts
+    assert bytes_tokenizer.decode(prompt.token_ids) == rendered
+    assert prompt.answer == answer
+
+
+def test_the_template_is_around_the_last_message(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "u {prompt}"}]
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": messages, "answer": "1"})
+    (prompt,) = load_prompts(
+        path, bytes_tokenizer, max_prompt_tokens=64, prompt_template="<{prompt}>", chat_template=True
+    ).prompts
+    assert bytes_tokenizer.decode(prompt.token_ids) == "<system>{prompt}<user><u {prompt}><assistant>"
+
+
+def test_a_refusal_names_the_key(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    broken = [DAPO | {"reward_model": "2"}, DAPO | {"prompt": [{"role": "user"}]}, DAPO | {"reward_model": {}}]
+    path = jsonl(tmp_path / "p.jsonl", DAPO, *broken, {**AIME, "prompt": "q", "reward_model.ground_truth": 3})
+    taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=64, answer_key="reward_model.ground_truth")
+    assert [(p.line, p.answer) for p in taken.prompts] == [(1, "2"), (5, "3")]  # a key may have a dot in it
+    assert taken.refused_lines == {
+        "without a usable reward_model.ground_truth": (2, 4),
+        "without a usable prompt": (3,),
+    }
+
+
 def test_limit_and_nothing_left(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(tmp_path / "p.jsonl", *({"prompt": str(i), "answer": "1"} for i in range(10)))
     taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=4, limit=3)

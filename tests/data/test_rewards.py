@@ -49,6 +49,10 @@ def test_the_config_names_the_reward() -> None:
     [
         (r"so \boxed{\frac{1}{2}}", "0.5", 1, 1, 0),
         ("The answer is $1+x$.", "x+1", 1, 1, 0),
+        ("Add both.\nAnswer: $34$", "34", 1, 1, 0),  # as DAPO-Math's prompts ask
+        (r"so \boxed{34}.", "034", 1, 1, 0),  # AIME's
+        (r"\boxed{7}", r"We find $x = \boxed{7}$.", 1, 1, 0),  # MATH's solutions
+        (r"\boxed{8}", r"We find $x = \boxed{7}$.", 0, 1, 0),
         (r"\boxed{3}", "4", 0, 1, 0),
         ("I do not know.", "4", 0, 0, 0),
         (r"\boxed{3}", r"\text{}", 0, 1, 1),  # the expected answer is none
