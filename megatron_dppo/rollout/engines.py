@@ -43,7 +43,8 @@ def server_of(
     }
     if rollout.engine == "sglang":
         argv = sglang_server.server_command(model_dir, python=sglang_server.interpreter(), **options)
-        return argv, sglang_server.server_env(cpu=cpu, tensor_parallel_size=rollout.tensor)
+        env = sglang_server.server_env(cpu=cpu, cache_root=CACHE_DIR / "path", tensor_parallel_size=rollout.tensor)
+        return argv, env
     most = num_recorded_topk(config) + 1  # the sampled token beside the K
     env = vllm_server.server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
     return vllm_server.server_command(model_dir, max_logprobs=most, **options), env
