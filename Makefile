@@ -16,6 +16,9 @@ ARGS   ?=
 SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
 	tests/engines/test_job.py -k "test_sglang or test_engine_contract or ranks_have or weights_differ or group-rollout"
 
+# Kept whatever the environment says: without it every process compiles all that it imports, for seven more seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-long test-latest lint types format clean
 
