@@ -65,6 +65,7 @@ def server_command(
     }
     flags = ["enable-metrics", "skip-server-warmup"]
     flags += ["enable-return-routed-experts"] if routed_experts else []
+    flags += ["sleep-on-idle"] if cpu else []  # its schedulers would take the cores that ranks train on
     argv = [python, "-m", "sglang.launch_server"]
     for name, value in options.items():
         argv += [] if value is None else [f"--{name}", str(value)]

@@ -20,7 +20,7 @@ from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkp
 pytestmark = pytest.mark.skipif(KIND.name != "sglang", reason="of SGLang alone")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server without our loader, on two workers."""
     model = tiny_model(tiny_config(), seed=0)
