@@ -1,6 +1,7 @@
 """The command `megatron-dppo`.
 
-Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 75 asked to stop by SIGUSR1 (a
+checkpoint was saved, `resume=auto` goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 
 from megatron_dppo.config import Config, ConfigError, load_config, validate_or_raise
 
-FAILED, CONFIG_FAULT, INTERRUPTED = 1, 2, 130
+FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 
 app = typer.Typer(
     help="RL post-training of mixture-of-experts language models with DPPO on Megatron-core.",
@@ -38,7 +39,9 @@ def train(config: Recipe, overrides: Overrides = None) -> None:
     from megatron_dppo.launch import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
-        launch(resolved)
+        stopped_early = launch(resolved)
+    if stopped_early:
+        raise typer.Exit(STOPPED_EARLY)
 
 
 @app.command("sync-check")

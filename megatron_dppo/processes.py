@@ -55,6 +55,7 @@ class Child:
     log_path: Path
     grace_s: float
     _guard: subprocess.Popen[bytes]
+    _culprit: Callable[[Path], Path | None] = lambda log_path: None
 
     @property
     def pid(self) -> int:
@@ -77,12 +78,7 @@ class Child:
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
         """The last lines of the child's output; empty if there is none."""
-        if not self.log_path.is_file():
-            return ""
-        with self.log_path.open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - 400 * lines))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(_last_lines(self.log_path, lines))
 
     def died(self) -> ChildDied:
         """The error that says how this ended child ended."""
@@ -93,6 +89,8 @@ class Child:
         # Some programs (vLLM) say a lot after the error that ended them.
         errors = [line for line in lines[:-TAIL_LINES] if ERROR_LINE.search(line)][-ERROR_LINES:]
         shown = ["errors before that:", *errors, "the end:", *tail] if errors else tail
+        if (other := self._culprit(self.log_path)) is not None:
+            shown += [f"the last lines of {other}:", *_last_lines(other, TAIL_LINES)]
         return ChildDied(self.name, returncode, self.log_path, "\n".join(shown))
 
 
@@ -104,10 +102,12 @@ def start(
     log_path: Path,
     cwd: Path | None = None,
     grace_s: float = GRACE_S,
+    culprit: Callable[[Path], Path | None] = lambda log_path: None,
 ) -> Child:
     """Start `argv` in a process group of its own, stdout and stderr appended to `log_path`, stdin empty.
 
-    env: the complete environment of the child. Raises FileNotFoundError if the program does not exist.
+    env: the complete environment of the child. culprit: which other log, if any, `log_path` names as the one of the
+    process that failed; its end is shown as well. Raises FileNotFoundError if the program does not exist.
     """
     program = argv[0] if os.path.sep in argv[0] else _which(argv[0], env)
     if not os.access(program, os.X_OK):
@@ -124,7 +124,7 @@ def start(
             stderr=log,
             start_new_session=True,
         )
-    return Child(name, log_path, grace_s, process)
+    return Child(name, log_path, grace_s, process, culprit)
 
 
 def supervise(
@@ -171,6 +171,23 @@ def stop_on_exit() -> Iterator[list[Child]]:
                 stop_all(children)
 
 
+@contextlib.contextmanager
+def noted(signum: int) -> Iterator[list[int]]:
+    """A list that has `signum` once it was received within the block, where else it would end the process.
+
+    Nothing is noted outside of the main thread.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signum, lambda n, _: received.append(n))
+    try:
+        yield received
+    finally:
+        signal.signal(signum, before)
+
+
 def stop_all(children: Sequence[Child]) -> None:
     """Stop all children at the same time."""
     for child in children:
@@ -215,6 +232,16 @@ def finish_stop(child: Child, kill_at: float) -> int:
     returncode = child.poll()
     assert returncode is not None
     return returncode
+
+
+def _last_lines(path: Path, lines: int) -> list[str]:
+    """Of a text file; none where it is not there."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as log:
+        log.seek(0, os.SEEK_END)
+        log.seek(max(0, log.tell() - 400 * lines))
+        return log.read().decode(errors="replace").splitlines()[-lines:]
 
 
 def _which(program: str, env: Mapping[str, str]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.launch import run_directory, shared_directory
+from megatron_dppo.launch import run_directory
+from megatron_dppo.machines import shared_directory
 
 
 def test_what_an_earlier_run_left_is_moved_and_the_input_stays(tmp_path: Path) -> None:
