@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from megatron_dppo.config import Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
 FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 
@@ -75,9 +76,64 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
         config = load_config(path, overrides or [])
         validate_or_raise(config)
     except ConfigError as error:
-        typer.echo(f"megatron-dppo: {error}", err=True)
-        raise typer.Exit(CONFIG_FAULT) from None
+        _refuse(error)
     return config
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    typer.echo(f"megatron-dppo: {error}", err=True)
+    raise typer.Exit(CONFIG_FAULT) from None
+
+
+launch_app = typer.Typer(help="Start a job on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.callback()
+def _launch() -> None:
+    """Keeps `launch slurm` a subcommand while it is the only one."""
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Recipe,
+    overrides: Overrides = None,
+    site: Annotated[Path | None, typer.Option(help="A site file, such as launchers/sites/*.sh.")] = None,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="train: trainer and engines; trainer: with engines of rollout.urls; convert: the newest checkpoint."
+        ),
+    ] = Kind.train,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="The time limit; the partition's if not given.")
+    ] = None,
+    notice: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="SECONDS", help="How long before its limit a job saves and stops: a step, and a checkpoint."
+        ),
+    ] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a job that does what the recipe CONFIG says; print its id, and where its logs are.
+
+    The recipe is checked first: exit code 2 where it is at fault, and nothing is submitted.
+    """
+    resolved = _load(config, overrides)
+    if faults := list(faults_of(resolved, kind)):
+        _refuse(ConfigError(f"{config} as a job of kind {kind}", faults))
+    with _user_errors("launch slurm"):
+        what = submission(resolved, config, overrides or [], kind=kind, site=site, time=time, notice_s=notice)
+        if dry_run:
+            typer.echo(description(what))
+            return
+        job = submit(what)
+    typer.echo(
+        f"job {job} submitted\n  its output: {what.output.replace('%j', job)}\n  logs of its processes: {what.logs}"
+    )
 
 
 @app.command()
