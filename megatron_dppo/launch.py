@@ -43,6 +43,7 @@ from megatron_dppo.metrics import (
     read_metrics,
     write_summary,
 )
+from megatron_dppo.nodes import NAMES_VARIABLE, named_nodes
 from megatron_dppo.processes import Child, noted, start, stop_on_exit, supervise
 from megatron_dppo.rollout.engine import EngineUnreachable
 from megatron_dppo.rollout.engines import runs_on_cpu, wait_ready
@@ -156,7 +157,7 @@ def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterato
     `ranks`, `client`: the modules that they run, with the resolved config's path.
     """
     config = with_transport(config)
-    machines: Machines = ThisMachine() if config.cluster.machines == 1 else allocation(config)
+    machines = machines_of(config)
     logs, resolved = config.run.dir / "logs", config.run.dir / "resolved.yaml"
     save_config(config, resolved)
     with machines.shared_directory(config) as shared, stop_on_exit() as children:  # memory goes after its writers
@@ -182,6 +183,13 @@ def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterato
         env[ENGINE_URLS_VARIABLE] = ",".join(urls)
         children.append(start("rollout client", argv, env=env, log_path=logs / "client.log"))
         yield Job(control, children, [children[-1], *started])
+
+
+def machines_of(config: Config) -> Machines:
+    """Where the job runs. Raises ValueError where the environment names fewer nodes than the config wants, or none."""
+    if config.cluster.machines == 1:
+        return ThisMachine()
+    return named_nodes(config) if os.environ.get(NAMES_VARIABLE) else allocation(config)
 
 
 def _url_of(engine: Engine, control: Control, deadline_s: float, others: Sequence[Child]) -> str:

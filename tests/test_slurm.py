@@ -8,18 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dppo.config import Config, load_config
-from megatron_dppo.slurm import (
-    Allocation,
-    Node,
-    Seat,
-    allocation,
-    divided,
-    engine_seats,
-    failed_rank_log,
-    nodes_of,
-    python_words,
-    step_command,
-)
+from megatron_dppo.nodes import Node, python
+from megatron_dppo.slurm import allocation, failed_rank_log, nodes_of, step_command
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 NODES = [Node(f"n{i}", f"10.0.0.{i}") for i in range(1, 5)]
@@ -50,29 +40,9 @@ def test_addresses_are_those_that_slurm_gives() -> None:
     ]  # fmt: skip
 
 
-def test_trainer_nodes_come_first_and_engines_share_them_where_they_have_none() -> None:
-    both = divided(config("cluster.nodes=2", "cluster.engine_nodes=1"), NODES)
-    assert both == Allocation(tuple(NODES[:2]), (NODES[2],))
-    assert both.host(config()) == "10.0.0.1"
-    alone = divided(config("cluster.nodes=2"), NODES)
-    assert alone.trainers == alone.engines == tuple(NODES[:2])
-
-
-def test_an_allocation_that_is_too_small_or_not_there_is_refused() -> None:
-    wanted = config("cluster.nodes=4", "cluster.engine_nodes=1")
-    with pytest.raises(
-        ValueError, match="an allocation of 4 nodes, expected cluster.nodes [+] cluster.engine_nodes = 5"
-    ):
-        divided(wanted, NODES)
-    with pytest.raises(ValueError, match="5 machines outside of a Slurm job"):
-        allocation(wanted, {})
-
-
-def test_engines_have_gpus_of_their_own() -> None:
-    own = config("cluster.engine_nodes=2", "rollout.engines=3", "rollout.tensor=2")
-    assert engine_seats(own, NODES[2:]) == [Seat(NODES[2], 0), Seat(NODES[3], 0), Seat(NODES[2], 2)]
-    shared = config("cluster.nodes=2", "parallel.ranks=8", "rollout.engines=3", "rollout.tensor=2")
-    assert engine_seats(shared, NODES[:2]) == [Seat(NODES[0], 4), Seat(NODES[1], 4), Seat(NODES[0], 6)]
+def test_outside_of_an_allocation_a_job_of_several_nodes_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 3 machines outside of a Slurm job"):
+        allocation(config("cluster.nodes=2", "cluster.engine_nodes=1"), {})
 
 
 def test_a_step_of_ranks() -> None:
@@ -89,12 +59,12 @@ def test_a_site_has_its_words_for_srun_and_before_each_command() -> None:
         "MEGATRON_DPPO_STEP": "apptainer exec --nv image.sif",
         "MEGATRON_DPPO_STEP_PYTHON": "python3",
     }
-    words = step_command(NODES[:1], 1, [*python_words(site), "-m", "x"], environ=site)
+    words = step_command(NODES[:1], 1, [python(site), "-m", "x"], environ=site)
     assert words[-9:] == [
         "--container-image=/images/a b.sqsh", "--container-mounts=/shared:/shared",
         "apptainer", "exec", "--nv", "image.sif", "python3", "-m", "x",
     ]  # fmt: skip
-    assert python_words({}) == [sys.executable]
+    assert python({}) == sys.executable
 
 
 def test_the_log_of_the_rank_that_failed_first(tmp_path: Path) -> None:
