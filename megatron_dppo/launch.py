@@ -186,7 +186,19 @@ def job(config: Config, console: Console, *, ranks: str, client: str) -> Iterato
 
 
 def machines_of(config: Config) -> Machines:
-    """Where the job runs. Raises ValueError where the environment names fewer nodes than the config wants, or none."""
+    """Where the job runs.
+
+    Raises ValueError where this machine lacks the GPUs that the config names, or the environment the nodes.
+    """
+    import torch
+
+    device, ranks, gpus = (
+        config.cluster.device,
+        config.parallel.ranks // config.cluster.nodes,
+        torch.cuda.device_count(),
+    )
+    if device not in ("auto", "cpu") and gpus < ranks:
+        raise ValueError(f"cluster.device: got {device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks")
     if config.cluster.machines == 1:
         return ThisMachine()
     return named_nodes(config) if os.environ.get(NAMES_VARIABLE) else allocation(config)

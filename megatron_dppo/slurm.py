@@ -16,9 +16,10 @@ from pathlib import Path
 from megatron_dppo.config import Config
 from megatron_dppo.machines import job_environment
 from megatron_dppo.nodes import NAMES_VARIABLE, Node, Nodes, divided, python
-from megatron_dppo.processes import Child, start
+from megatron_dppo.processes import STOP_THERE, Child, start
 
 JOB_VARIABLE, NODES_VARIABLE = "SLURM_JOB_ID", "SLURM_JOB_NODELIST"
+HERE_VARIABLE = "SLURMD_NODENAME"
 # A site's, in the environment of the batch script:
 SRUN_VARIABLE = "MEGATRON_DPPO_SRUN"  # words for srun, such as a container's options
 STEP_VARIABLE = "MEGATRON_DPPO_STEP"  # words before the command of every step, such as `apptainer exec --nv IMAGE`
@@ -37,7 +38,7 @@ class Allocation(Nodes):
 
     def start_on(self, node: Node, name: str, argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Child:
         """One step of one task."""
-        return start(name, step_command([node], 1, argv), env=env, log_path=log)
+        return start(name, step_command([node], 1, argv), env=env, log_path=log, stop_signal=STOP_THERE)
 
     def start_ranks(
         self, module: str, config: Config, resolved: Path, *, env: Mapping[str, str], logs: Path
@@ -48,11 +49,16 @@ class Allocation(Nodes):
         log = logs.absolute() / "rank%t.log"
         argv = step_command(self.trainers, ranks // len(self.trainers), argv, log)
         environment = {**env, **job_environment(ranks, self.trainers[0].address, env)}
-        yield start("ranks", argv, env=environment, log_path=logs / "ranks.log", culprit=failed_rank_log)
+        yield start(
+            "ranks", argv, env=environment, log_path=logs / "ranks.log", stop_signal=STOP_THERE, culprit=failed_rank_log
+        )
 
 
 def allocation(config: Config, environ: Mapping[str, str] = os.environ) -> Allocation:
-    """The allocation that the environment tells of. Raises ValueError where there is none, or one of too few nodes."""
+    """The allocation that the environment tells of.
+
+    Raises ValueError where there is none, or one of too few nodes, or this is not its first.
+    """
     node_list = environ.get(NODES_VARIABLE)
     if JOB_VARIABLE not in environ or node_list is None:
         raise ValueError(
@@ -60,6 +66,10 @@ def allocation(config: Config, environ: Mapping[str, str] = os.environ) -> Alloc
             f"by `megatron-dppo launch slurm`, or name the nodes in {NAMES_VARIABLE}"
         )
     names = _scontrol("show", "hostnames", node_list).split()
+    if (here := environ.get(HERE_VARIABLE)) != names[0]:
+        raise ValueError(
+            f"cluster: got {here or 'no node of the job'} as the launcher's, expected its first, {names[0]}"
+        )
     return Allocation(*divided(config, nodes_of(names, _scontrol("-o", "show", "node", node_list))))
 
 
