@@ -192,14 +192,13 @@ def machines_of(config: Config) -> Machines:
     """
     import torch
 
-    device, ranks, gpus = (
-        config.cluster.device,
-        config.parallel.ranks // config.cluster.nodes,
-        torch.cuda.device_count(),
-    )
-    if device not in ("auto", "cpu") and gpus < ranks:
-        raise ValueError(f"cluster.device: got {device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks")
-    if config.cluster.machines == 1:
+    cluster, gpus = config.cluster, torch.cuda.device_count()
+    ranks = config.parallel.ranks // cluster.nodes
+    if cluster.device not in ("auto", "cpu") and gpus < ranks:
+        raise ValueError(
+            f"cluster.device: got {cluster.device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks"
+        )
+    if cluster.machines == 1:
         return ThisMachine()
     return named_nodes(config) if os.environ.get(NAMES_VARIABLE) else allocation(config)
 

@@ -9,9 +9,7 @@ if [ -n "${MEGATRON_DPPO_SITE:-}" ]; then
     fi
 fi
 
-megatron_dppo() {
-    "${MEGATRON_DPPO_PYTHON:-python3}" -m megatron_dppo.cli "$@"
-}
+megatron_dppo=("${MEGATRON_DPPO_PYTHON:-python3}" -m megatron_dppo.cli)
 
 # Trains; goes on from the newest checkpoint where this is not the job's first start. Before the time limit Slurm sends
 # this shell SIGUSR1 (sbatch --signal=B:USR1@SECONDS): the run saves a checkpoint and ends with code 75, and the job
@@ -21,7 +19,7 @@ train_and_requeue() {
         set -- "$@" resume=auto
     fi
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date)"
-    megatron_dppo train "$@" &
+    "${megatron_dppo[@]}" train "$@" &
     local head=$! signalled=yes code=0
     trap 'signalled=yes; kill -USR1 "$head" 2>/dev/null' USR1
     trap 'signalled=yes; kill -TERM "$head" 2>/dev/null' TERM
