@@ -42,11 +42,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 MpiDefault=none
-KillWait=10
+SlurmdTimeout=15
 SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# cred_expire is also how long a requeued job waits before it starts again.
+# cred_expire is also how long a requeued job waits before it starts again; SlurmdTimeout, until Slurm gives up a node.
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000 State=UNKNOWN\n"
 
 
