@@ -1,6 +1,7 @@
 """The command `megatron-dppo`.
 
-Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 75 asked to stop by SIGUSR1 (a
+checkpoint was saved, `resume=auto` goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from megatron_dppo.config import Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
-FAILED, CONFIG_FAULT, INTERRUPTED = 1, 2, 130
+FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 
 app = typer.Typer(
     help="RL post-training of mixture-of-experts language models with DPPO on Megatron-core.",
@@ -38,7 +40,9 @@ def train(config: Recipe, overrides: Overrides = None) -> None:
     from megatron_dppo.launch import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
-        launch(resolved)
+        stopped_early = launch(resolved)
+    if stopped_early:
+        raise typer.Exit(STOPPED_EARLY)
 
 
 @app.command("sync-check")
@@ -72,9 +76,64 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
         config = load_config(path, overrides or [])
         validate_or_raise(config)
     except ConfigError as error:
-        typer.echo(f"megatron-dppo: {error}", err=True)
-        raise typer.Exit(CONFIG_FAULT) from None
+        _refuse(error)
     return config
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    typer.echo(f"megatron-dppo: {error}", err=True)
+    raise typer.Exit(CONFIG_FAULT) from None
+
+
+launch_app = typer.Typer(help="Start a job on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.callback()
+def _launch() -> None:
+    """Keeps `launch slurm` a subcommand while it is the only one."""
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Recipe,
+    overrides: Overrides = None,
+    site: Annotated[Path | None, typer.Option(help="A site file, such as launchers/sites/*.sh.")] = None,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="train: trainer and engines; trainer: with engines of rollout.urls; convert: the newest checkpoint."
+        ),
+    ] = Kind.train,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="The time limit; the partition's if not given.")
+    ] = None,
+    notice: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="SECONDS", help="How long before its limit a job saves and stops: a step, and a checkpoint."
+        ),
+    ] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a job that does what the recipe CONFIG says; print its id, and where its logs are.
+
+    The recipe is checked first: exit code 2 where it is at fault, and nothing is submitted.
+    """
+    resolved = _load(config, overrides)
+    if faults := list(faults_of(resolved, kind)):
+        _refuse(ConfigError(f"{config} as a job of kind {kind}", faults))
+    with _user_errors("launch slurm"):
+        what = submission(resolved, config, overrides or [], kind=kind, site=site, time=time, notice_s=notice)
+        if dry_run:
+            typer.echo(description(what))
+            return
+        job = submit(what)
+    typer.echo(
+        f"job {job} submitted\n  its output: {what.output.replace('%j', job)}\n  logs of its processes: {what.logs}"
+    )
 
 
 @app.command()

@@ -119,6 +119,11 @@ class ClusterConfig(Section):
     devices_per_node: int = Field(8, ge=1)
     device: Literal["auto", "cpu", "h100", "h200", "b200"] = "auto"  # auto: what this machine has
 
+    @property
+    def machines(self) -> int:
+        """All of them."""
+        return self.nodes + self.engine_nodes
+
 
 class DataConfig(Section):
     """JSONL files of prompts with checkable answers."""

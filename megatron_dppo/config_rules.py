@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.config_cluster_rules import CLUSTER_RULES
 from megatron_dppo.config_file_rules import FILE_RULES, few
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.mapping import hub_shapes
@@ -27,6 +28,7 @@ from megatron_dppo.weights.mapping import hub_shapes
 if TYPE_CHECKING:
     from megatron_dppo.config import (
         CheckpointConfig,
+        ClusterConfig,
         DataConfig,
         EvaluationConfig,
         HeadConfig,
@@ -77,14 +79,6 @@ def _ranks(parallel: ParallelConfig) -> Iterator[str]:
             yield f"parallel.ranks: got {parallel.ranks}, expected a multiple of {' x '.join(names)} = {size}"
     if parallel.sequence_parallel is True and parallel.tensor == 1:
         yield "parallel.sequence_parallel: got true with parallel.tensor 1, expected false or auto"
-
-
-def _gpus(parallel: ParallelConfig) -> Iterator[str]:
-    """Every rank has a GPU of its own, where there are any."""
-    import torch
-
-    if 0 < (gpus := torch.cuda.device_count()) < parallel.ranks:
-        yield f"parallel.ranks: got {parallel.ranks}, expected at most this machine's {gpus} GPUs"
 
 
 def _layers(model: ModelConfig) -> Iterator[str]:
@@ -156,11 +150,12 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
         yield "rollout.urls: got an address twice, expected each engine once"
 
 
-def _transport(rollout: RolloutConfig, sync: SyncConfig) -> Iterator[str]:
+def _transport(rollout: RolloutConfig, sync: SyncConfig, cluster: ClusterConfig) -> Iterator[str]:
     """Shared memory is one machine's."""
     far = [url for url in rollout.urls if not is_local(url)]
-    if sync.transport in ("shm", "ipc") and far:
-        yield f"sync.transport: got {sync.transport}, expected group or disk: {few(far)} is on another machine"
+    if sync.transport in ("shm", "ipc") and (far or cluster.machines > 1):
+        reason = f"{few(far)} is on another machine" if far else f"the job has {cluster.machines} machines"
+        yield f"sync.transport: got {sync.transport}, expected group or disk: {reason}"
     if sync.transport == "disk" and far and sync.dir is None:
         yield f"sync.dir: missing, {few(far)} must see it too"
 
@@ -418,7 +413,7 @@ RULES = (
     *FILE_RULES,
     _engine,
     _ranks,
-    _gpus,
+    *CLUSTER_RULES,
     _layers,
     _layout,
     _evaluation,

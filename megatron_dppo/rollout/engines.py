@@ -23,7 +23,7 @@ READY_POLL_S = 0.25
 
 
 def server_of(
-    config: Config, *, port: int, cpu: bool, gpu_memory_utilization: float | None
+    config: Config, *, port: int, cpu: bool, gpu_memory_utilization: float | None, host: str = "127.0.0.1"
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a server such as the config asks for; the model's path is made absolute.
 
@@ -31,6 +31,7 @@ def server_of(
     """
     rollout, model_dir = config.rollout, config.model.path.absolute()
     options: dict[str, Any] = {
+        "host": host,
         "port": port,
         "cpu": cpu,
         "dtype": rollout.dtype,
