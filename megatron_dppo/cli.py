@@ -1,6 +1,7 @@
 """The command `megatron-dppo`.
 
-Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started; `plan`: it does not fit), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -64,6 +65,27 @@ def sync_check(
         typer.echo(json.dumps({"passed": passed, "updates": [asdict(row) for row in rows]}))
     if not passed:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Tell what CONFIG needs on its cluster, and whether that is there; nothing is started and no GPU is used.
+
+    Exit code 0 where it fits, 2 where a rule is broken or memory is missing.
+    """
+    from megatron_dppo.planner.plan import plan_recipe
+    from megatron_dppo.planner.report import print_plan
+
+    found = plan_recipe(config, overrides or [])
+    print_plan(found)
+    if as_json:
+        typer.echo(json.dumps(found.as_json()))
+    if not found.fits:
+        raise typer.Exit(CONFIG_FAULT)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
