@@ -339,7 +339,7 @@ def _optimizer(
     yield from _offload(training, parallel, checkpoint, model)
     if training.no_weight_decay and not training.weight_decay:
         yield "training.no_weight_decay: got names, expected none: training.weight_decay is 0"
-    names = hub_shapes(arch)
+    names = hub_shapes(arch) if training.no_weight_decay else {}
     for pattern in training.no_weight_decay:
         if not any(fnmatchcase(name, pattern) for name in names):
             yield f"training.no_weight_decay: got {pattern!r}, expected to match tensors, such as {next(iter(names))}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import ITEMSIZE
+from megatron_dppo.planner.workload import shares_devices, transport_of
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
+from megatron_dppo.weights.mapping import float32_tensors
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT
 
 ENGINE_SHARE = 0.9  # of a device that the engine has alone: vLLM's default
@@ -46,7 +49,7 @@ def engine_memory(config: Config, arch: Architecture, device: Device) -> EngineM
     itemsize = ITEMSIZE[rollout.dtype]
     weights = worker_weights(arch, engine_parallel(config), itemsize)
     shared = shares_devices(config)
-    staging = BUCKETS_IN_FLIGHT * config.sync.bucket_bytes if config.sync.transport in ("auto", "group", "ipc") else 0
+    staging = BUCKETS_IN_FLIGHT * config.sync.bucket_bytes if transport_of(config) in ("group", "ipc") else 0
     forward = FORWARD_BYTES if device.is_gpu else 0
     kv = kv_bytes_per_token(arch, rollout.tensor, itemsize)
     budget = round(device.memory_bytes * (SHARED_SHARE if shared else ENGINE_SHARE))
@@ -61,26 +64,22 @@ def engine_parallel(config: Config) -> EngineParallel:
     return EngineParallel(tensor=config.rollout.tensor, expert_parallel=config.rollout.expert_parallel)
 
 
-def shares_devices(config: Config) -> bool:
-    """Whether engines run on devices that ranks have, too."""
-    cluster, rollout = config.cluster, config.rollout
-    if cluster.engine_nodes:
-        return False
-    return cluster.nodes * cluster.devices_per_node < config.parallel.ranks + rollout.engines * rollout.tensor
-
-
-def worker_weights(arch: Architecture, parallel: EngineParallel, itemsize: int) -> int:
-    """Bytes of worker 0, which has no fewer than another; from one layer of each kind."""
+@lru_cache(maxsize=256)
+def worker_weights(arch: Architecture, parallel: EngineParallel, itemsize: int, worker: int = 0) -> int:
+    """Bytes of a worker, of which number 0 has no fewer than another; from one layer of each kind."""
 
     def of(moe_layers: tuple[bool, ...]) -> int:
         cut = replace(arch, num_layers=len(moe_layers), moe_layers=moe_layers)
-        # The expert table of an architecture without experts would be of no use: none is asked for.
-        boxes = engine_layout(cut, replace(parallel, expert_parallel=parallel.expert_parallel and any(moe_layers)), 0)
-        return sum(math.prod(b - a for a, b in zip(box.start, box.stop, strict=True)) for box in boxes)
+        split = replace(parallel, expert_parallel=parallel.expert_parallel and any(moe_layers))
+        float32 = float32_tensors(cut)
+        return sum(
+            (4 if box.tensor in float32 else itemsize)
+            * math.prod(b - a for a, b in zip(box.start, box.stop, strict=True))
+            for box in engine_layout(cut, split, worker)
+        )
 
     outer = of(())
-    layers = sum((of((kind,)) - outer) * arch.moe_layers.count(kind) for kind in set(arch.moe_layers))
-    return itemsize * (outer + layers)
+    return outer + sum((of((kind,)) - outer) * arch.moe_layers.count(kind) for kind in set(arch.moe_layers))
 
 
 def kv_bytes_per_token(arch: Architecture, tensor: int, itemsize: int) -> int:

@@ -21,7 +21,7 @@ from megatron_dppo.planner.activations import (
 )
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.parameters import Parameters, stage_parameters
-from megatron_dppo.planner.workload import Workload, chunks_in_flight
+from megatron_dppo.planner.workload import Workload, chunks_in_flight, transport_of
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT
 
@@ -149,7 +149,7 @@ def _largest_shard(config: Config, own: Parameters) -> int:
 
 def _staging(config: Config, weights: int) -> int:
     """Two buckets, of no more than what a rank may have to send; files are written from the weights as they are."""
-    if config.sync.transport in ("shm", "disk"):
+    if transport_of(config) in ("shm", "disk"):
         return 0
     return min(BUCKETS_IN_FLIGHT * config.sync.bucket_bytes, weights)
 

@@ -47,6 +47,7 @@ class Parameters:
         return Parameters(self.dense * count, self.expert * count, self.float32 * count, self.largest)
 
 
+@lru_cache(maxsize=4096)
 def stage_parameters(arch: Architecture, parallel: Parallel, stage: int) -> Parameters:
     """Of each rank of a pipeline stage. Raises ValueError where the layers do not divide."""
     total = Parameters()

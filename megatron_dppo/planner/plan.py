@@ -10,12 +10,16 @@ from typing import Any
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, ConfigError, load_config
 from megatron_dppo.config_rules import SETTING_RULES
-from megatron_dppo.planner.engine import EngineMemory, engine_memory, shares_devices
+from megatron_dppo.planner.engine import EngineMemory, engine_memory
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages
 from megatron_dppo.planner.rules import advice, violations
 from megatron_dppo.planner.shapes import find_architecture
-from megatron_dppo.planner.workload import Workload, workload_of
+from megatron_dppo.planner.step_time import StepTime, step_time
+from megatron_dppo.planner.traffic import Sync, Wire, step_wires, sync_traffic
+from megatron_dppo.planner.workload import Workload, shares_devices, workload_of
+
+MEMORY = "memory of "  # what a violation begins with that no rule is
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,17 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """Wire bytes of a rank in a step, the weight sync (None: engines that others start), and seconds."""
+
+    wires: dict[str, Wire]
+    sync: Sync | None
+    time: StepTime
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What can be said of a config before it runs. `memory` is None where the layout has none."""
+    """What can be said of a config before it runs. `memory` and `estimate` are None where the layout has none."""
 
     config: Config | None
     arch: Architecture | None
@@ -43,6 +56,7 @@ class Plan:
     violations: tuple[str, ...]
     advice: tuple[str, ...] = ()
     memory: Memory | None = None
+    estimate: Estimate | None = None
 
     @property
     def fits(self) -> bool:
@@ -53,12 +67,16 @@ class Plan:
         """For programs; bytes, and seconds."""
         found: dict[str, Any] = {"fits": self.fits, "violations": list(self.violations), "advice": list(self.advice)}
         found |= {"device": asdict(self.device) if self.device else None}
-        if self.memory is None:
+        if self.memory is None or self.estimate is None:
             return found | {"bytes_per_rank": None, "engine": None, "sync": None, "step_time": None}
         worst, engine = self.memory.worst, self.memory.engine
         found["bytes_per_rank"] = worst.by_kind() | {"stage": worst.stage, "limit": self.memory.limit}
         found["stages"] = [stage.by_kind() | {"stage": stage.stage} for stage in self.memory.stages]
         found["engine"] = asdict(engine) | {"fits": engine.fits} if engine else None
+        time, sync = self.estimate.time, self.estimate.sync
+        found["wire"] = {kind: asdict(wire) for kind, wire in self.estimate.wires.items()}
+        found["sync"] = asdict(sync) if sync else None
+        found["step_time"] = asdict(time) | {"total": time.total}
         return found
 
 
@@ -86,7 +104,10 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
     broken += _too_little_memory(device, memory)
-    return Plan(config, arch, device, work, tuple(broken), tuple(advice(config, arch, device, work)), memory)
+    better = tuple(advice(config, arch, device, work))
+    return Plan(
+        config, arch, device, work, tuple(broken), better, memory, estimate_of(config, arch, device, work, memory)
+    )
 
 
 def memory_of(config: Config, arch: Architecture, device: Device, work: Workload) -> Memory:
@@ -96,6 +117,12 @@ def memory_of(config: Config, arch: Architecture, device: Device, work: Workload
     if engine is not None and device.is_gpu and shares_devices(config):
         limit -= engine.budget
     return Memory(tuple(all_stages(config, arch, device, work)), engine, limit)
+
+
+def estimate_of(config: Config, arch: Architecture, device: Device, work: Workload, memory: Memory) -> Estimate:
+    """Traffic and time of a layout that `memory_of` could plan."""
+    wires, sync = step_wires(config, arch, device, work), sync_traffic(config, arch, device)
+    return Estimate(wires, sync, step_time(config, arch, device, work, wires, sync, memory.engine))
 
 
 def _processes_per_node(config: Config) -> int:
@@ -116,12 +143,12 @@ def _too_little_memory(device: Device, memory: Memory) -> Iterator[str]:
         )
         share = "" if memory.limit == device.memory_bytes else " that an engine leaves"
         yield (
-            f"memory of a rank: pipeline stage {worst.stage} needs {worst.needed / GIB:.1f} GiB, expected at most the "
+            f"{MEMORY}a rank: pipeline stage {worst.stage} needs {worst.needed / GIB:.1f} GiB, expected at most the "
             f"{memory.limit / GIB:.1f} GiB of {device.name}{share} ({named})"
         )
     if engine is not None and not engine.fits:
         yield (
-            f"memory of an engine: a worker has {engine.budget / GIB:.1f} GiB of {device.name}, expected "
+            f"{MEMORY}an engine: a worker has {engine.budget / GIB:.1f} GiB of {device.name}, expected "
             f"{(engine.weights + engine.staging + engine.forward) / GIB:.1f} GiB and a sequence's "
             f"{engine.kv_bytes_per_token / 1024:.0f} KiB a token (weights {engine.weights / GIB:.1f}): "
             "raise rollout.tensor or give engines nodes of their own (cluster.engine_nodes)"

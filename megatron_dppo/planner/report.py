@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +10,8 @@ from rich.table import Table
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import GIB
 from megatron_dppo.planner.memory import RankMemory
-from megatron_dppo.planner.plan import Memory, Plan
+from megatron_dppo.planner.plan import Estimate, Memory, Plan
+from megatron_dppo.planner.suggest import Suggestion
 
 KINDS = {
     "weights": "weights",
@@ -37,11 +38,24 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(_memory_table(plan.memory))
         if plan.memory.engine is not None:
             console.print(_engine_line(plan.memory.engine))
+    if plan.estimate is not None:
+        for line in _time_lines(plan.estimate):
+            console.print(line)
     for text in plan.violations:
         console.print(f"[red]violation[/red] {text}", markup=True)
     for text in plan.advice:
         console.print(f"[yellow]advice[/yellow] {text}", markup=True)
     console.print("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
+
+
+def print_suggestions(title: str, suggestions: Sequence[Suggestion], console: Console | None = None) -> None:
+    """What one can paste behind the recipe, with what comes of it."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    console.print(f"{title}: seconds of a step, GiB of a rank, overrides", style="bold")
+    for suggestion in suggestions:
+        console.print(f"  {suggestion.seconds:8.4g} s {suggestion.needed / GIB:7.1f} GiB  {suggestion.command_line()}")
+    if not suggestions:
+        console.print("  none was found")
 
 
 def _title(plan: Plan) -> Iterator[str]:
@@ -82,6 +96,27 @@ def _memory_table(memory: Memory) -> Table:
         if any(values):
             table.add_row(name, *(f"{value / GIB:.2f}" for value in values), style="dim")
     return table
+
+
+def _time_lines(estimate: Estimate) -> Iterator[str]:
+    time, sync, wires = estimate.time, estimate.sync, estimate.wires
+    terms = sorted(time.terms.items(), key=lambda term: -term[1])
+    shown = ", ".join(f"{name} {seconds:.3g}" for name, seconds in terms if seconds >= time.total / 1000)
+    hidden = f", of them {time.hidden:.3g} at the same time" if time.hidden else ""
+    yield (
+        f"a step, roughly: {time.total:.3g} s ({shown}{hidden}); {time.tokens:.3g} tokens, "
+        f"{time.tokens_per_second_per_device:.0f} a second and device, model FLOP utilisation "
+        f"{time.model_flops_utilisation:.0%} while training"
+    )
+    sent = ", ".join(f"{kind} {wire.bytes / GIB:.1f}" for kind, wire in wires.items() if wire.bytes >= GIB / 20)
+    if sent:
+        yield f"wire of a rank and step, GiB: {sent}"
+    if sync is not None:
+        yield (
+            f"weight sync by {sync.transport}: {sync.trainer_to_engine_bytes / GIB:.1f} GiB to an engine, "
+            f"{sync.engine_to_engine_bytes / GIB:.1f} on to the others, {sync.bytes_per_worker / GIB:.1f} a worker, "
+            f"{sync.seconds:.2g} s"
+        )
 
 
 def _value(memory: RankMemory, kind: str) -> int:

@@ -59,15 +59,22 @@ def _all_devices(
 
 
 def _engines_fit(cluster: ClusterConfig, rollout: RolloutConfig, device: Device) -> Iterator[str]:
-    """Each engine has the devices of one node."""
-    if not device.is_gpu or rollout.urls or not cluster.engine_nodes or rollout.tensor > cluster.devices_per_node:
+    """The engine nodes hold all engines, an engine being on one node or on whole ones."""
+    if not device.is_gpu or rollout.urls or not cluster.engine_nodes:
         return
-    room = cluster.engine_nodes * (cluster.devices_per_node // rollout.tensor)
+    room = _room(cluster, rollout)
     if rollout.engines > room:
         yield (
             f"rollout.engines: got {rollout.engines}, expected at most {room}: cluster.engine_nodes "
             f"{cluster.engine_nodes} hold so many of rollout.tensor {rollout.tensor}"
         )
+
+
+def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
+    """Engines that the engine nodes hold."""
+    if rollout.tensor <= cluster.devices_per_node:
+        return cluster.engine_nodes * (cluster.devices_per_node // rollout.tensor)
+    return cluster.engine_nodes // -(-rollout.tensor // cluster.devices_per_node)
 
 
 CLUSTER_RULES: tuple[Rule, ...] = (_within_node, _all_devices, _engines_fit)
@@ -90,7 +97,7 @@ def _bubble(config: Config, work: Workload) -> Iterator[str]:
 
 def _idle_engines(config: Config, device: Device) -> Iterator[str]:
     cluster, rollout = config.cluster, config.rollout
-    room = cluster.engine_nodes * (cluster.devices_per_node // rollout.tensor)
+    room = _room(cluster, rollout)
     if device.is_gpu and cluster.engine_nodes and not rollout.urls and rollout.engines < room:
         yield f"rollout.engines: {rollout.engines} leave devices of the engine nodes idle, which hold {room}"
 
