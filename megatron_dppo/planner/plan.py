@@ -104,7 +104,7 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
     broken += _too_little_memory(device, memory)
-    better = tuple(advice(config, arch, device, work))
+    better = tuple(advice(config, arch, device, work, memory.engine))
     return Plan(
         config, arch, device, work, tuple(broken), better, memory, estimate_of(config, arch, device, work, memory)
     )

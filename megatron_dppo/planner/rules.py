@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RolloutConfig
 from megatron_dppo.config_rules import MACHINE_RULES, SETTING_RULES, Rule, broken_rules
+from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload
 
@@ -80,9 +81,16 @@ def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
 CLUSTER_RULES: tuple[Rule, ...] = (_within_node, _all_devices, _engines_fit)
 
 
-def advice(config: Config, arch: Architecture, device: Device, work: Workload) -> list[str]:
+def advice(
+    config: Config, arch: Architecture, device: Device, work: Workload, engine: EngineMemory | None
+) -> list[str]:
     """What runs, and would run better otherwise."""
-    return [*_bubble(config, work), *_idle_engines(config, device), *_experts_over_network(config, arch, device)]
+    return [
+        *_bubble(config, work),
+        *_idle_engines(config, device),
+        *_experts_over_network(config, arch, device),
+        *_concurrency(config, work, engine),
+    ]
 
 
 def _bubble(config: Config, work: Workload) -> Iterator[str]:
@@ -100,6 +108,18 @@ def _idle_engines(config: Config, device: Device) -> Iterator[str]:
     room = _room(cluster, rollout)
     if device.is_gpu and cluster.engine_nodes and not rollout.urls and rollout.engines < room:
         yield f"rollout.engines: {rollout.engines} leave devices of the engine nodes idle, which hold {room}"
+
+
+def _concurrency(config: Config, work: Workload, engine: EngineMemory | None) -> Iterator[str]:
+    """Engines are as full as their caches permit."""
+    if engine is None:
+        return
+    most, room = config.rollout.max_concurrency, engine.sequences * config.rollout.engines
+    if 2 * most <= min(room, work.samples):
+        yield (
+            f"rollout.max_concurrency: {most} requests at a time, where the caches hold {room} of the longest "
+            f"sequences and a step has {work.samples} samples"
+        )
 
 
 def _experts_over_network(config: Config, arch: Architecture, device: Device) -> Iterator[str]:

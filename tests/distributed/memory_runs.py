@@ -1,7 +1,7 @@
 """Runs of the trainer whose memory is traced, and what the planner says of them.
 
-A run is two steps of the trainer's own on random samples that fill their micro-batches; every allocation of torch on a
-rank is followed from before the model is loaded, by torch's profiler.
+A run is two steps of the trainer's own on random samples that fill their micro-batches. What a rank has between them is
+counted tensor by tensor; from there torch's profiler follows every allocation of the second.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_dppo.architecture import load_architecture
@@ -103,16 +104,23 @@ def planned(run: MemoryRun, place: Path) -> list[RankMemory]:
 
 
 def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path) -> int:
+    trainer = trainer_of(rank, path, config, shared)
+    minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
+    trainer._train_step(0, minibatches)  # Adam has its state from here on
+    standing = _live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        trainer = trainer_of(rank, path, config, shared)
-        gc.collect()
-        minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
-        for step in range(2):
-            trainer._train_step(step, minibatches)
+        trainer._train_step(1, minibatches)
     assert found.profiler is not None
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(changes.cumsum().max())
+    return standing + int(changes.cumsum().max())
+
+
+def _live_bytes() -> int:
+    """Of all tensors' memory between steps, each once. The profiler would miss what gloo's threads free."""
+    gc.collect()
+    storages = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _sample(number: int, run: MemoryRun) -> Scored:

@@ -70,6 +70,7 @@ def test_an_engine_that_has_no_room_for_its_weights() -> None:
     ("sections", "message"),
     [
         ({"rollout": {"engines": 2}}, "rollout.engines: 2 leave devices of the engine nodes idle, which hold 4"),
+        ({"rollout": {"max_concurrency": 32}}, "rollout.max_concurrency: 32 requests at a time, where the caches hold"),
         ({"parallel": {"expert": 16}}, "parallel.expert: 16 x expert_tensor 1 reach over nodes of 8"),
         (
             {"parallel": {"pipeline": 4, "tensor": 1, "expert": 4}, "rollout": {"prompts_per_step": 16}},
