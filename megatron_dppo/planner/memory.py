@@ -30,7 +30,7 @@ GRADIENT_BYTES = 4  # Megatron's main_grad: grad_reduce_in_fp32
 # Of a layer's backward, in copies of the rows for the experts (or of the hidden states, in a dense layer) that are
 # alive at once, above what the layer kept. Frozen on the three calibration runs of benchmarks/planner.md.
 LAYER_COPIES = 4.0
-ADAM_SCRATCH = 2  # float32 copies of the largest parameter, without a fused Adam
+ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class RankMemory:
     """Bytes on the device of each rank of pipeline stage `stage`; `host` on its machine, for each rank.
 
     `activations`: kept for backward, of all micro-batches in flight. `logits`: what the policy head has at once beside.
-    `working`: of a layer's backward, or recomputed. `scratch`: of the optimizer. `checkpoint_host`: of the replica that
-    gathers the optimizer's state while a checkpoint is written.
+    `working`: of a layer's backward, or recomputed. `scratch`: of the gradients' reduction, and the optimizer's.
+    `checkpoint_host`: of the replica that gathers the optimizer's state while a checkpoint is written.
     """
 
     stage: int
@@ -104,7 +104,7 @@ def rank_memory(config: Config, arch: Architecture, device: Device, work: Worklo
         activations=kept,
         logits=_logits(config, arch, device, layers, work) if stage == parallel.pipeline - 1 else 0,
         working=working,
-        scratch=0 if device.is_gpu and layers.fused else 4 * ADAM_SCRATCH * _largest_shard(config, own),
+        scratch=_scratch(config, device, own),
         overhead=device.overhead_bytes,
         optimizer_host=host,
         checkpoint_host=12 * own.trained if config.checkpoint.every and parallel.distributed_optimizer else 0,
@@ -145,6 +145,14 @@ def expert_data(config: Config) -> int:
 def _largest_shard(config: Config, own: Parameters) -> int:
     replicas = config.parallel.data * config.parallel.context if config.parallel.distributed_optimizer else 1
     return min(own.largest, -(-own.trained // replicas))
+
+
+def _scratch(config: Config, device: Device, own: Parameters) -> int:
+    """Of the reduction of gradients, which gloo does in a copy of them, and of torch's Adam; nothing on a GPU."""
+    if device.is_gpu:
+        return 0
+    copy = GRADIENT_BYTES * own.trained if config.parallel.distributed_optimizer else 0
+    return max(copy, 4 * ADAM_SCRATCH * _largest_shard(config, own))
 
 
 def _staging(config: Config, weights: int) -> int:

@@ -23,7 +23,7 @@ KINDS = {
     "activations": "activations kept for backward",
     "logits": "policy head",
     "working": "a layer's backward",
-    "scratch": "optimizer's scratch",
+    "scratch": "gradients' reduction, Adam",
     "overhead": "context, buffers, fragments",
     "needed": "needed",
 }

@@ -51,7 +51,6 @@ class MemoryRun:
             {
                 "run": {"name": "memory"},
                 "model": {"path": "unused", "dtype": "bfloat16"},
-                "parallel": asdict(self.parallel),
                 "data": {"train": "unused", "max_prompt_tokens": PROMPT},
                 "reward": {"name": "final_answer"},
                 "sync": {"transport": "shm"},
@@ -61,6 +60,7 @@ class MemoryRun:
                     "samples_per_prompt": self.samples,
                 },
                 **self.sections,
+                "parallel": asdict(self.parallel) | self.sections.get("parallel", {}),
                 "training": training | self.sections.get("training", {}),
             }
         )
@@ -74,7 +74,12 @@ CALIBRATION = {
     "base": MemoryRun(BASE),
     "four experts a token": MemoryRun(BASE | {"top_k": 4, "vocab_size": 1024}),
     "recomputed, head in chunks": MemoryRun(
-        BASE | {"num_layers": 4}, sections={"training": {"recompute": "full"}, "head": {"memory_mib": 2}}
+        BASE | {"num_layers": 4, "top_k": 4},
+        sections={  # gloo's reduce-scatter would need more than a layer's backward
+            "training": {"recompute": "full"},
+            "head": {"memory_mib": 2},
+            "parallel": {"distributed_optimizer": False},
+        },
     ),
 }
 CHECKS = {

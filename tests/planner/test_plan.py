@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from megatron_dppo.cli import app
 from megatron_dppo.planner.plan import plan_recipe
 from tests.planner.configs import CONFIGS, QWEN3_30B
+from tests.tiny_models import tiny_config
 
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml"))
 
@@ -80,6 +81,25 @@ def test_suggestions_fit_and_can_be_pasted(recipe: Path) -> None:
         assert plan.fits, plan.violations
         assert plan.memory is not None
         assert plan.memory.worst.needed == suggestion["needed"]
+
+
+def test_a_job_on_this_machine_without_gpus(recipe: Path, tmp_path: Path) -> None:
+    tiny_config(num_layers=4).save_pretrained(tmp_path / "model")
+    result, found = run(
+        recipe,
+        f"model.path={tmp_path}/model",
+        "cluster={device: cpu}",
+        "parallel={pipeline: 2, expert: 2, ranks: 4}",
+        "rollout={max_response_tokens: 100, prompts_per_step: 8, samples_per_prompt: 4}",
+        "data.max_prompt_tokens=100",
+        "sync.transport=auto",
+        "training.micro_batch_tokens=400",
+    )
+    assert result.exit_code == 0, found["violations"]
+    assert found["device"]["name"] == "cpu"
+    assert found["sync"]["transport"] == "shm"
+    assert [stage["stage"] for stage in found["stages"]] == [0, 1]
+    assert found["bytes_per_rank"]["scratch"] >= found["bytes_per_rank"]["gradients"]  # gloo reduces in a copy
 
 
 def test_machines_that_are_none(recipe: Path) -> None:
