@@ -29,7 +29,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4  # Megatron's main_grad: grad_reduce_in_fp32
 # Of a layer's backward, in copies of the rows for the experts (or of the hidden states, in a dense layer) that are
 # alive at once, above what the layer kept. Frozen on the three calibration runs of benchmarks/planner.md.
-LAYER_COPIES = 4.0
+LAYER_COPIES = 5
 ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, ConfigError, load_config
 from megatron_dppo.config_rules import SETTING_RULES
-from megatron_dppo.planner.engine import EngineMemory, engine_memory
+from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages
 from megatron_dppo.planner.rules import advice, violations
@@ -18,6 +18,7 @@ from megatron_dppo.planner.shapes import find_architecture
 from megatron_dppo.planner.step_time import StepTime, step_time
 from megatron_dppo.planner.traffic import Sync, Wire, step_wires, sync_traffic
 from megatron_dppo.planner.workload import Workload, shares_devices, workload_of
+from megatron_dppo.weights.engine_layout import indivisible
 
 MEMORY = "memory of "  # what a violation begins with that no rule is
 
@@ -111,8 +112,9 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
 
 
 def memory_of(config: Config, arch: Architecture, device: Device, work: Workload) -> Memory:
-    """Of trainer and engine. Raises ValueError where a degree does not divide the model."""
-    engine = None if config.rollout.urls else engine_memory(config, arch, device)
+    """Of trainer and engine. Raises ValueError where a degree of the trainer does not divide the model."""
+    planned = not config.rollout.urls and not any(indivisible(arch, engine_parallel(config)))
+    engine = engine_memory(config, arch, device) if planned else None
     limit = device.memory_bytes
     if engine is not None and device.is_gpu and shares_devices(config):
         limit -= engine.budget
@@ -121,7 +123,8 @@ def memory_of(config: Config, arch: Architecture, device: Device, work: Workload
 
 def estimate_of(config: Config, arch: Architecture, device: Device, work: Workload, memory: Memory) -> Estimate:
     """Traffic and time of a layout that `memory_of` could plan."""
-    wires, sync = step_wires(config, arch, device, work), sync_traffic(config, arch, device)
+    wires = step_wires(config, arch, device, work)
+    sync = sync_traffic(config, arch, device) if memory.engine else None
     return Estimate(wires, sync, step_time(config, arch, device, work, wires, sync, memory.engine))
 
 

@@ -22,7 +22,7 @@ def violations(config: Config, arch: Architecture, device: Device) -> list[str]:
     """Every broken rule of the settings, of the cluster and, where the device is this machine's, of the machine."""
     sections = {name: getattr(config, name) for name in Config.model_fields} | {"device": device}
     machine = MACHINE_RULES if config.cluster.device == "auto" else ()
-    return broken_rules(sections, (*machine, *SETTING_RULES, *CLUSTER_RULES), arch)
+    return broken_rules(sections, (*machine, *SETTING_RULES, *PLANNER_RULES), arch)
 
 
 def _within_node(parallel: ParallelConfig, cluster: ClusterConfig, device: Device) -> Iterator[str]:
@@ -52,23 +52,6 @@ def _all_devices(
             f"parallel.ranks: got {parallel.ranks}, expected {total - used + parallel.ranks}: cluster.nodes "
             f"{cluster.nodes} x devices_per_node {cluster.devices_per_node} hold {total}, {what} use {used}"
         )
-    if device.is_gpu and parallel.ranks > total:
-        yield (
-            f"parallel.ranks: got {parallel.ranks}, expected at most cluster.nodes {cluster.nodes} x devices_per_node "
-            f"{cluster.devices_per_node} = {total}"
-        )
-
-
-def _engines_fit(cluster: ClusterConfig, rollout: RolloutConfig, device: Device) -> Iterator[str]:
-    """The engine nodes hold all engines, an engine being on one node or on whole ones."""
-    if not device.is_gpu or rollout.urls or not cluster.engine_nodes:
-        return
-    room = _room(cluster, rollout)
-    if rollout.engines > room:
-        yield (
-            f"rollout.engines: got {rollout.engines}, expected at most {room}: cluster.engine_nodes "
-            f"{cluster.engine_nodes} hold so many of rollout.tensor {rollout.tensor}"
-        )
 
 
 def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
@@ -78,7 +61,7 @@ def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
     return cluster.engine_nodes // -(-rollout.tensor // cluster.devices_per_node)
 
 
-CLUSTER_RULES: tuple[Rule, ...] = (_within_node, _all_devices, _engines_fit)
+PLANNER_RULES: tuple[Rule, ...] = (_within_node, _all_devices)
 
 
 def advice(

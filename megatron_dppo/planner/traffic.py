@@ -95,15 +95,13 @@ def _replicas(config: Config, own: Parameters, device: Device, itemsize: int, wo
     return _wire(nbytes * work.minibatches, device, p.ranks // p.pipeline, config)
 
 
-def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync | None:
-    """Of the weights to this job's engines; None for engines that it does not start.
+def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
+    """Of the weights to the engines that the job starts.
 
     In a group every worker receives what it keeps, from ranks that share it evenly; instances hand buckets on in a
     ring.
     """
     rollout, transport = config.rollout, transport_of(config)
-    if rollout.urls:
-        return None
     parallel, itemsize = engine_parallel(config), ITEMSIZE[config.model.dtype]
     of_workers = [worker_weights(arch, parallel, itemsize, worker) for worker in range(parallel.workers)]
     total, most, hops = sum(of_workers), max(of_workers), rollout.engines - 1

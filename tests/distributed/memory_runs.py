@@ -109,10 +109,11 @@ def planned(run: MemoryRun, place: Path) -> list[RankMemory]:
 
 
 def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path) -> int:
+    before = _storages()  # what jobs before left in this process
     trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     trainer._train_step(0, minibatches)  # Adam has its state from here on
-    standing = _live_bytes()
+    standing = sum(nbytes for place, nbytes in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         trainer._train_step(1, minibatches)
     assert found.profiler is not None
@@ -121,11 +122,11 @@ def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarra
     return standing + int(changes.cumsum().max())
 
 
-def _live_bytes() -> int:
-    """Of all tensors' memory between steps, each once. The profiler would miss what gloo's threads free."""
+def _storages() -> dict[int, int]:
+    """Address and bytes of all tensors' memory. The profiler alone would miss what gloo's threads free."""
     gc.collect()
-    storages = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    found = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 def _sample(number: int, run: MemoryRun) -> Scored:

@@ -36,7 +36,6 @@ def test_sync_has_the_bytes_of_the_plan_that_is_carried_out(arch: Any, engine: d
         bucket_bytes=settings.sync.bucket_bytes,
         instances=3,
     ).report()
-    assert found is not None
     assert found.trainer_to_engine_bytes == report.trainer_to_engine_bytes
     assert found.engine_to_engine_bytes == report.engine_to_engine_bytes
     assert found.bytes_per_worker == max(report.received_bytes)
