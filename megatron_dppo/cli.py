@@ -1,7 +1,7 @@
 """The command `megatron-dppo`.
 
-Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 75 asked to stop by SIGUSR1 (a
-checkpoint was saved, `resume=auto` goes on), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started; `plan`: it does not fit), 75 asked
+to stop by SIGUSR1 (a checkpoint was saved, `resume=auto` goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -68,6 +68,42 @@ def sync_check(
         typer.echo(json.dumps({"passed": passed, "updates": [asdict(row) for row in rows]}))
     if not passed:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    suggest: Annotated[
+        str | None, typer.Option(metavar="NODESxGPUS", help="Layouts for so many trainer nodes, as in 4x8.")
+    ] = None,
+) -> None:
+    """Tell what CONFIG needs on its cluster, and whether that is there; nothing is started and no GPU is used.
+
+    Exit code 0 where it fits, 2 where a rule is broken or memory is missing.
+    """
+    from megatron_dppo.planner.plan import plan_recipe
+    from megatron_dppo.planner.report import print_plan, print_suggestions
+    from megatron_dppo.planner.suggest import fixes, machines, suggest_layouts
+
+    with _user_errors("plan"):
+        wanted = machines(suggest) if suggest else None
+        found = plan_recipe(config, overrides or [])
+        mending = fixes(found)
+        layouts = suggest_layouts(found, *wanted) if wanted else None
+    print_plan(found)
+    if mending:
+        print_suggestions("fits with", mending)
+    if layouts is not None:
+        print_suggestions(f"layouts for {suggest}", layouts)
+    if as_json:
+        more = {"fixes": [fix.as_json() for fix in mending]}
+        if layouts is not None:
+            more["suggestions"] = [layout.as_json() for layout in layouts]
+        typer.echo(json.dumps(found.as_json() | more))
+    if not found.fits:
+        raise typer.Exit(CONFIG_FAULT)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.config_rules import RULES, Rule, broken_rules
 from megatron_dppo.files import replacing
 from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
@@ -346,11 +346,11 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), rules: Sequence[Rule] = RULES) -> Config:
     """Reads a recipe and applies `key.path=value` overrides, values parsed as YAML.
 
     Raises ConfigError naming every unknown key (with the nearest known one), wrong type and value out of
-    bounds, and with them every broken rule among the sections that could be read.
+    bounds, and with them every one of `rules` that is broken among the sections that could be read.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
@@ -368,7 +368,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     else:
         if not faults:
             return config
-    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw)))
+    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw), rules))
 
 
 def check_config(config: Config) -> list[str]:
