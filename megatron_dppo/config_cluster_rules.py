@@ -43,20 +43,43 @@ def _engine_nodes(parallel: ParallelConfig, cluster: ClusterConfig, rollout: Rol
         if cluster.engine_nodes:
             yield f"cluster.engine_nodes: got {cluster.engine_nodes}, expected 0: engines of rollout.urls run already"
         return
-    if rollout.engines < cluster.engine_nodes:
-        yield f"rollout.engines: got {rollout.engines}, expected one or more for each of cluster.engine_nodes"
     gpus = gpus_per_machine(cluster)
+    over = nodes_of_engine(rollout, gpus)
+    if rollout.engines * over < cluster.engine_nodes:
+        yield (
+            f"rollout.engines: got {rollout.engines}, expected at least {-(-cluster.engine_nodes // over)}: none of "
+            f"cluster.engine_nodes {cluster.engine_nodes} is without one"
+        )
     if gpus is None or cluster.machines == 1:
         return
-    if rollout.tensor > gpus:
-        yield f"rollout.tensor: got {rollout.tensor}, expected at most a node's {gpus} GPUs"
+    if over > 1 and (rollout.tensor % gpus or not cluster.engine_nodes):
+        yield (
+            f"rollout.tensor: got {rollout.tensor}, expected at most a node's {gpus} GPUs, or a multiple of them on "
+            "nodes of its own (cluster.engine_nodes)"
+        )
         return
     free = gpus if cluster.engine_nodes else gpus - -(-parallel.ranks // cluster.nodes)
-    room = (cluster.engine_nodes or cluster.nodes) * (max(free, 0) // rollout.tensor)
+    on_each = max(free, 0) // rollout.tensor if over == 1 else 1
+    room = (cluster.engine_nodes or cluster.nodes) // over * on_each
     if rollout.engines > room:
         yield (
             f"rollout.engines: got {rollout.engines} of {rollout.tensor} GPUs, expected at most {room}: what "
             + (f"cluster.engine_nodes {cluster.engine_nodes} have" if cluster.engine_nodes else "ranks leave on nodes")
+        )
+
+
+def nodes_of_engine(rollout: RolloutConfig, gpus: int | None) -> int:
+    """Over how many nodes of so many GPUs an engine reaches; None: the CPU, of which there is enough."""
+    return 1 if gpus is None else -(-rollout.tensor // gpus)
+
+
+def startable(cluster: ClusterConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """A rule of those who start engines, not of those who plan them."""
+    over = nodes_of_engine(rollout, gpus_per_machine(cluster))
+    if not rollout.urls and over > 1:
+        yield (
+            f"rollout.tensor: got {rollout.tensor}, an engine over {over} nodes, expected one within a node: launchers "
+            "do not start larger ones; start them as the engine's own documentation says, and name them in rollout.urls"
         )
 
 

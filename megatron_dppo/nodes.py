@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dppo.config import Config
+from megatron_dppo.config_cluster_rules import startable
 from megatron_dppo.control import Control, engine_url_key
 from megatron_dppo.machines import Engine, engine_name, job_environment
 from megatron_dppo.processes import Child, start
@@ -134,8 +135,13 @@ def divided(config: Config, nodes: Sequence[Node]) -> tuple[tuple[Node, ...], tu
 
 
 def engine_seats(config: Config, nodes: Sequence[Node]) -> list[Seat]:
-    """Engines go round the nodes; on each, one behind the other, after the ranks where they share it."""
+    """Engines go round the nodes; on each, one behind the other, after the ranks where they share it.
+
+    Raises ValueError for engines that are larger than a node.
+    """
     cluster, rollout = config.cluster, config.rollout
+    for fault in startable(cluster, rollout):
+        raise ValueError(fault)
     before = 0 if cluster.engine_nodes else config.parallel.ranks // cluster.nodes
     return [
         Seat(nodes[number % len(nodes)], before + number // len(nodes) * rollout.tensor)

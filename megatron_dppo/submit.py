@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_dppo.checkpoints import complete_checkpoints
 from megatron_dppo.config import Config
+from megatron_dppo.config_cluster_rules import startable
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SITE_WORDS = "SITE_SBATCH"  # of a site file: further words for sbatch
@@ -54,6 +55,8 @@ def faults_of(config: Config, kind: Kind) -> Iterator[str]:
         yield "rollout.urls: got none, expected the engines' addresses: --kind trainer starts none"
     if kind == Kind.train and config.rollout.urls:
         yield "rollout.urls: got addresses, expected none: --kind train starts the engines; say --kind trainer"
+    if kind in (Kind.train, Kind.evaluate):
+        yield from startable(config.cluster, config.rollout)
     if kind == Kind.convert and not complete_checkpoints(config.run.dir):
         yield f"run.dir: got no complete checkpoint in {config.run.dir}, expected one to convert"
 

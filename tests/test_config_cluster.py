@@ -30,11 +30,19 @@ SIXTEEN = ["cluster.nodes=2", "parallel.ranks=16", H100]
         ),
         (
             [*SIXTEEN, "cluster.engine_nodes=1", "rollout.tensor=16"],
-            "rollout.tensor: got 16, expected at most a node's 8 GPUs",
+            "rollout.engines: got 1 of 16 GPUs, expected at most 0: what cluster.engine_nodes 1 have",
+        ),
+        ([*SIXTEEN, "cluster.engine_nodes=2", "rollout.tensor=16"], None),
+        (
+            [*SIXTEEN, "cluster.engine_nodes=2", "rollout.tensor=12"],
+            "rollout.tensor: got 12, expected at most a node's 8 GPUs, or a multiple of them on nodes of its own (cluster.engine_nodes)",
         ),
         ([*SIXTEEN], "rollout.engines: got 1 of 1 GPUs, expected at most 0: what ranks leave on nodes"),
         (["cluster.nodes=2", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4", H100], None),
-        (["cluster.engine_nodes=2"], "rollout.engines: got 1, expected one or more for each of cluster.engine_nodes"),
+        (
+            ["cluster.engine_nodes=2"],
+            "rollout.engines: got 1, expected at least 2: none of cluster.engine_nodes 2 is without one",
+        ),
         (
             ["cluster.engine_nodes=1", "rollout.urls=[http://10.0.0.1:8000]"],
             "cluster.engine_nodes: got 1, expected 0: engines of rollout.urls run already",
