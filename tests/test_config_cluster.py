@@ -35,7 +35,8 @@ SIXTEEN = ["cluster.nodes=2", "parallel.ranks=16", H100]
         ([*SIXTEEN, "cluster.engine_nodes=2", "rollout.tensor=16"], None),
         (
             [*SIXTEEN, "cluster.engine_nodes=2", "rollout.tensor=12"],
-            "rollout.tensor: got 12, expected at most a node's 8 GPUs, or a multiple of them on nodes of its own (cluster.engine_nodes)",
+            "rollout.tensor: got 12, expected at most a node's 8 GPUs, or a multiple of them on nodes of its own "
+            "(cluster.engine_nodes)",
         ),
         ([*SIXTEEN], "rollout.engines: got 1 of 1 GPUs, expected at most 0: what ranks leave on nodes"),
         (["cluster.nodes=2", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4", H100], None),
