@@ -181,15 +181,21 @@ def _rounded(tokens: int, tensor: int, context: int) -> int:
 
 def _least_recompute(config: Config, arch: Architecture, overrides: Overrides) -> tuple[float, Overrides] | None:
     """Seconds of a step and settings, with the least recomputation under which the memory is enough."""
-    for recompute in RECOMPUTES:
+    device = device_of(config.cluster, 1)
+
+    def tried(recompute: str) -> tuple[float, Overrides] | None:
         chosen = {**overrides, "training.recompute": recompute}
         changed = with_overrides(config, chosen)
-        device = device_of(changed.cluster, 1)
         work = workload_of(changed)
         memory: Memory = memory_of(changed, arch, device, work)
-        if memory.worst.needed <= HEADROOM * memory.limit:
-            return estimate_of(changed, arch, device, work, memory).time.total, chosen
-    return None
+        if memory.worst.needed > HEADROOM * memory.limit:
+            return None
+        return estimate_of(changed, arch, device, work, memory).time.total, chosen
+
+    most = tried(RECOMPUTES[-1])
+    if most is None:  # as most layouts of a large model
+        return None
+    return next(filter(None, map(tried, RECOMPUTES[:-1])), most)
 
 
 def _yaml(value: Any) -> str:
