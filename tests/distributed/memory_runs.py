@@ -149,7 +149,8 @@ def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarra
 def _storages() -> dict[int, int]:
     """Address and bytes of all tensors' memory. The profiler alone would miss what gloo's threads free."""
     gc.collect()
-    found = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    # `isinstance` would ask lazily imported modules for their class, which warn.
+    found = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
