@@ -65,6 +65,7 @@ def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> list
     config, arch = plan.config, plan.arch
     if config is None or arch is None:
         return []
+    original = config
     base = {"cluster.nodes": nodes, "cluster.devices_per_node": devices}
     config = with_overrides(config, base)
     ranks = nodes * devices
@@ -80,7 +81,7 @@ def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> list
     for _, overrides in found[:MOST_CANDIDATES]:
         plan = make_plan(with_overrides(config, overrides), arch)
         if plan.fits:
-            suggestions.append(Suggestion(overrides, plan))
+            suggestions.append(Suggestion(_different(original, overrides), plan))
         if len(suggestions) == most:
             break
     return suggestions
@@ -109,6 +110,16 @@ def with_overrides(config: Config, overrides: Overrides) -> Config:
         section, name = key.split(".")
         config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
     return config
+
+
+def _different(config: Config, overrides: Overrides) -> Overrides:
+    """Those that change something."""
+
+    def current(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    return {key: value for key, value in overrides.items() if value != current(key)}
 
 
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
