@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def main() -> None:
     """Prints a line a run, and a rank where they differ."""
-    from tests.distributed.memory_runs import CALIBRATION, CHECKS, planned, traced
+    from tests.distributed.memory_runs import CALIBRATION, CHECKS, OTHERS, planned, traced
     from tests.distributed.rank_pool import RankPool
 
-    runs = CALIBRATION | CHECKS
+    runs = CALIBRATION | CHECKS | OTHERS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(runs)}; all if none is given")
     names = parser.parse_args().names or list(runs)

@@ -212,16 +212,10 @@ def _logits(config: Config, arch: Architecture, device: Device, layers: Layers, 
 
     Every token counts: the most that can.
     """
-    head, tokens, hidden = (
-        HeadMemory(config.head.path, config.head.memory_bytes),
-        _tokens(config, work),
-        arch.hidden_size,
-    )
+    head = HeadMemory(config.head.path, config.head.memory_bytes)
+    tokens, hidden = _tokens(config, work), arch.hidden_size
     rows = padded_vocab_size(arch.vocab_size, config.parallel.tensor) // config.parallel.tensor
-    if head.stores(tokens, rows):
-        chunk = tokens
-    else:
-        chunk = min(head.chunk_tokens(rows), tokens)
+    chunk = tokens if head.stores(tokens, rows) else min(head.chunk_tokens(rows), tokens)
     logits = 4 * chunk * rows
     if device.is_gpu and layers.itemsize == 2:
         logits += 2 * chunk * rows

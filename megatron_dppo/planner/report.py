@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_dppo.planner.engine import EngineMemory
@@ -33,7 +34,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Head line, memory by stage, engine, what is broken and what would be better."""
     console = console or Console(soft_wrap=True, highlight=False)
     for line in _title(plan):
-        console.print(line)
+        console.print(line, markup=False)
     if plan.memory is not None:
         console.print(_memory_table(plan.memory))
         if plan.memory.engine is not None:
@@ -42,9 +43,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         for line in _time_lines(plan.estimate):
             console.print(line)
     for text in plan.violations:
-        console.print(f"[red]violation[/red] {text}", markup=True)
+        console.print(f"[red]violation[/red] {escape(text)}")
     for text in plan.advice:
-        console.print(f"[yellow]advice[/yellow] {text}", markup=True)
+        console.print(f"[yellow]advice[/yellow] {escape(text)}")
     console.print("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
 
 
@@ -53,7 +54,8 @@ def print_suggestions(title: str, suggestions: Sequence[Suggestion], console: Co
     console = console or Console(soft_wrap=True, highlight=False)
     console.print(f"{title}: seconds of a step, GiB of a rank, overrides", style="bold")
     for suggestion in suggestions:
-        console.print(f"  {suggestion.seconds:8.4g} s {suggestion.needed / GIB:7.1f} GiB  {suggestion.command_line()}")
+        line = f"  {suggestion.seconds:8.4g} s {suggestion.needed / GIB:7.1f} GiB  {suggestion.command_line()}"
+        console.print(line, markup=False)
     if not suggestions:
         console.print("  none was found")
 

@@ -65,6 +65,7 @@ def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> list
     config, arch = plan.config, plan.arch
     if config is None or arch is None:
         return []
+    original = config
     base = {"cluster.nodes": nodes, "cluster.devices_per_node": devices}
     config = with_overrides(config, base)
     ranks = nodes * devices
@@ -80,7 +81,7 @@ def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> list
     for _, overrides in found[:MOST_CANDIDATES]:
         plan = make_plan(with_overrides(config, overrides), arch)
         if plan.fits:
-            suggestions.append(Suggestion(overrides, plan))
+            suggestions.append(Suggestion(_different(original, overrides), plan))
         if len(suggestions) == most:
             break
     return suggestions
@@ -109,6 +110,16 @@ def with_overrides(config: Config, overrides: Overrides) -> Config:
         section, name = key.split(".")
         config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
     return config
+
+
+def _different(config: Config, overrides: Overrides) -> Overrides:
+    """Those that change something."""
+
+    def current(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    return {key: value for key, value in overrides.items() if value != current(key)}
 
 
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
@@ -181,15 +192,21 @@ def _rounded(tokens: int, tensor: int, context: int) -> int:
 
 def _least_recompute(config: Config, arch: Architecture, overrides: Overrides) -> tuple[float, Overrides] | None:
     """Seconds of a step and settings, with the least recomputation under which the memory is enough."""
-    for recompute in RECOMPUTES:
+    device = device_of(config.cluster, 1)
+
+    def tried(recompute: str) -> tuple[float, Overrides] | None:
         chosen = {**overrides, "training.recompute": recompute}
         changed = with_overrides(config, chosen)
-        device = device_of(changed.cluster, 1)
         work = workload_of(changed)
         memory: Memory = memory_of(changed, arch, device, work)
-        if memory.worst.needed <= HEADROOM * memory.limit:
-            return estimate_of(changed, arch, device, work, memory).time.total, chosen
-    return None
+        if memory.worst.needed > HEADROOM * memory.limit:
+            return None
+        return estimate_of(changed, arch, device, work, memory).time.total, chosen
+
+    most = tried(RECOMPUTES[-1])
+    if most is None:  # as most layouts of a large model
+        return None
+    return next(filter(None, map(tried, RECOMPUTES[:-1])), most)
 
 
 def _yaml(value: Any) -> str:

@@ -74,7 +74,7 @@ def chunks_in_flight(parallel: Parallel, stage: int, micro_batches: int) -> tupl
     if parallel.virtual == 1:
         return (min(behind + 1, micro_batches),)
     virtual, group = parallel.virtual, parallel.pipeline
-    steps = micro_batches * virtual
+    steps = min(micro_batches, 4 * group) * virtual  # what is kept repeats from there on
     order = [step % (group * virtual) // group for step in range(steps)]
     ahead = min(2 * behind + (virtual - 1) * group + 1, steps)
     kept = [0] * virtual

@@ -82,3 +82,11 @@ def test_context_and_tensor_ranks_share_activations() -> None:
 )
 def test_micro_batches_in_flight(parallel: Parallel, micro_batches: int, expected: list[tuple[int, ...]]) -> None:
     assert [chunks_in_flight(parallel, s, micro_batches) for s in range(parallel.pipeline)] == expected
+
+
+def test_more_micro_batches_do_not_keep_more() -> None:
+    parallel = Parallel(pipeline=4, virtual=3, ranks=4)
+    for stage in range(4):
+        kept = [sum(chunks_in_flight(parallel, stage, micro_batches)) for micro_batches in (4, 16, 64)]
+        ahead = 2 * (3 - stage) + 2 * 4 + 1
+        assert kept == [min(ahead, 3 * 4), ahead, ahead]
