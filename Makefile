@@ -16,8 +16,11 @@ ARGS   ?=
 SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
 	tests/engines/test_job.py -k "test_sglang or test_engine_contract or ranks_have or weights_differ or group-rollout"
 
+# Kept whatever the environment says: without it every process compiles all that it imports, for seven more seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-long test-latest lint types format clean
+.PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-slurm test-long test-latest lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -57,8 +60,8 @@ check-quickstart: quickstart  ## The quickstart, and that it learned
 
 test: test-unit test-dist test-engines  ## Every test
 
-test-unit: $(STAMP)  ## Tests that need neither several ranks nor an engine
-	$(PYTEST) tests -n 2 --ignore tests/distributed --ignore tests/engines $(ARGS)
+test-unit: $(STAMP)  ## Tests that need neither several ranks nor an engine nor Slurm
+	$(PYTEST) tests -n 2 --ignore tests/distributed --ignore tests/engines --ignore tests/slurm $(ARGS)
 
 test-dist: $(STAMP)  ## Several ranks over gloo
 	$(PYTEST) tests/distributed $(ARGS)
@@ -68,6 +71,15 @@ test-engines: $(STAMP)  ## Real rollout engines
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)  ## The same on a real SGLang server
 	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(ARGS)
+
+test-slurm: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Jobs on a real Slurm of four nodes on this machine; as root
+	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons want root, this is $$(id -un)" >&2; exit 1; }
+	@PATH="$$PATH:/usr/sbin"; \
+	for program in slurmctld slurmd munged srun; do command -v $$program >/dev/null || missing=1; done; \
+	[ -z "$${missing:-}" ] || { command -v apt-get >/dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } || \
+	{ echo "test-slurm: install Slurm and munge (Debian: slurm-wlm, munge); apt-get could not" >&2; exit 1; }
+	$(PYTEST) tests/slurm $(ARGS)
 
 test-long: $(STAMP) $(SGLANG_STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)

@@ -1,6 +1,7 @@
 """The command `megatron-dppo`.
 
-Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the config is at fault (nothing was started; `plan`: it does not fit), 75 asked
+to stop by SIGUSR1 (a checkpoint was saved, `resume=auto` goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from megatron_dppo.config import Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
-FAILED, CONFIG_FAULT, INTERRUPTED = 1, 2, 130
+FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 
 app = typer.Typer(
     help="RL post-training of mixture-of-experts language models with DPPO on Megatron-core.",
@@ -38,7 +40,9 @@ def train(config: Recipe, overrides: Overrides = None) -> None:
     from megatron_dppo.launch import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
-        launch(resolved)
+        stopped_early = launch(resolved)
+    if stopped_early:
+        raise typer.Exit(STOPPED_EARLY)
 
 
 @app.command("sync-check")
@@ -86,15 +90,106 @@ def evaluate(
         typer.echo(json.dumps(asdict(evaluation)))
 
 
+@app.command()
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    suggest: Annotated[
+        str | None, typer.Option(metavar="NODESxGPUS", help="Layouts for so many trainer nodes, as in 4x8.")
+    ] = None,
+) -> None:
+    """Tell what CONFIG needs on its cluster, and whether that is there; nothing is started and no GPU is used.
+
+    Exit code 0 where it fits, 2 where a rule is broken or memory is missing.
+    """
+    from megatron_dppo.planner.plan import plan_recipe
+    from megatron_dppo.planner.report import print_plan, print_suggestions
+    from megatron_dppo.planner.suggest import fixes, machines, suggest_layouts
+
+    with _user_errors("plan"):
+        wanted = machines(suggest) if suggest else None
+        found = plan_recipe(config, overrides or [])
+        mending = fixes(found)
+        layouts = suggest_layouts(found, *wanted) if wanted else None
+    print_plan(found)
+    if mending:
+        print_suggestions("fits with", mending)
+    if layouts is not None:
+        print_suggestions(f"layouts for {suggest}", layouts)
+    if as_json:
+        more = {"fixes": [fix.as_json() for fix in mending]}
+        if layouts is not None:
+            more["suggestions"] = [layout.as_json() for layout in layouts]
+        typer.echo(json.dumps(found.as_json() | more))
+    if not found.fits:
+        raise typer.Exit(CONFIG_FAULT)
+
+
 def _load(path: Path, overrides: list[str] | None, adapt: Callable[[Config], Config] = lambda config: config) -> Config:
     """The recipe as `adapt` makes it, checked; a fault in it is the command's end."""
     try:
         config = adapt(load_config(path, overrides or []))
         validate_or_raise(config)
     except ConfigError as error:
-        typer.echo(f"megatron-dppo: {error}", err=True)
-        raise typer.Exit(CONFIG_FAULT) from None
+        _refuse(error)
     return config
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    typer.echo(f"megatron-dppo: {error}", err=True)
+    raise typer.Exit(CONFIG_FAULT) from None
+
+
+launch_app = typer.Typer(help="Start a job on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.callback()
+def _launch() -> None:
+    """Keeps `launch slurm` a subcommand while it is the only one."""
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Recipe,
+    overrides: Overrides = None,
+    site: Annotated[Path | None, typer.Option(help="A site file, such as launchers/sites/*.sh.")] = None,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="train: trainer and engines; trainer: with engines of rollout.urls; convert: the newest checkpoint."
+        ),
+    ] = Kind.train,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="The time limit; the partition's if not given.")
+    ] = None,
+    notice: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="SECONDS", help="How long before its limit a job saves and stops: a step, and a checkpoint."
+        ),
+    ] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a job that does what the recipe CONFIG says; print its id, and where its logs are.
+
+    The recipe is checked first: exit code 2 where it is at fault, and nothing is submitted.
+    """
+    resolved = _load(config, overrides)
+    if faults := list(faults_of(resolved, kind)):
+        _refuse(ConfigError(f"{config} as a job of kind {kind}", faults))
+    with _user_errors("launch slurm"):
+        what = submission(resolved, config, overrides or [], kind=kind, site=site, time=time, notice_s=notice)
+        if dry_run:
+            typer.echo(description(what))
+            return
+        job = submit(what)
+    typer.echo(
+        f"job {job} submitted\n  its output: {what.output.replace('%j', job)}\n  logs of its processes: {what.logs}"
+    )
 
 
 @app.command()

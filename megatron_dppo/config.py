@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.config_rules import RULES, Rule, broken_rules
 from megatron_dppo.files import replacing
 from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
@@ -118,6 +118,11 @@ class ClusterConfig(Section):
     engine_nodes: int = Field(0, ge=0)  # for the engines alone; 0: they run on the trainer's nodes
     devices_per_node: int = Field(8, ge=1)
     device: Literal["auto", "cpu", "h100", "h200", "b200"] = "auto"  # auto: what this machine has
+
+    @property
+    def machines(self) -> int:
+        """All of them."""
+        return self.nodes + self.engine_nodes
 
 
 class LoraConfig(Section):
@@ -376,11 +381,11 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), rules: Sequence[Rule] = RULES) -> Config:
     """Reads a recipe and applies `key.path=value` overrides, values parsed as YAML.
 
     Raises ConfigError naming every unknown key (with the nearest known one), wrong type and value out of
-    bounds, and with them every broken rule among the sections that could be read.
+    bounds, and with them every one of `rules` that is broken among the sections that could be read.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
@@ -398,7 +403,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     else:
         if not faults:
             return config
-    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw)))
+    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw), rules))
 
 
 def check_config(config: Config) -> list[str]:

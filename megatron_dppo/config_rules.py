@@ -13,21 +13,24 @@ import inspect
 import json
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.config_cluster_rules import CLUSTER_RULES
 from megatron_dppo.config_file_rules import FILE_RULES, few
 from megatron_dppo.data.prompts import PLACE
+from megatron_dppo.weights.engine_layout import EngineParallel, indivisible
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.mapping import hub_shapes
 
 if TYPE_CHECKING:
     from megatron_dppo.config import (
         CheckpointConfig,
+        ClusterConfig,
         DataConfig,
         EvaluationConfig,
         HeadConfig,
@@ -44,15 +47,23 @@ if TYPE_CHECKING:
 
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
+Rule = Callable[..., Iterator[str]]
 VLLM_CPU_LATENT_SIZE = 576
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def broken_rules(sections: Mapping[str, Any]) -> list[str]:
-    """One line for every broken rule among the given sections of a config (name -> section). Reads files."""
+def broken_rules(
+    sections: Mapping[str, Any], rules: Sequence[Rule] | None = None, arch: Architecture | None = None
+) -> list[str]:
+    """One line for every broken rule among the given sections of a config (name -> section). Reads files.
+
+    `rules`: all, unless given. `arch`: the model's numbers, where they are not to be read from `model.path`.
+    """
     known = dict(sections)
     faults: list[str] = []
-    if "model" in known:
+    if arch is not None:
+        known["arch"] = arch
+    elif "model" in known:
         try:
             known["arch"] = load_architecture(known["model"].path)
         except FileNotFoundError:
@@ -61,7 +72,7 @@ def broken_rules(sections: Mapping[str, Any]) -> list[str]:
             faults.append(f"model.path: {known['model'].path}/config.json has no {error.args[0]!r}")
         except ValueError as error:
             faults.append(f"model.path: {known['model'].path}: {error}")
-    for rule in RULES:
+    for rule in RULES if rules is None else rules:
         wanted = inspect.signature(rule).parameters
         if wanted.keys() <= known.keys():
             try:
@@ -79,14 +90,6 @@ def _ranks(parallel: ParallelConfig) -> Iterator[str]:
             yield f"parallel.ranks: got {parallel.ranks}, expected a multiple of {' x '.join(names)} = {size}"
     if parallel.sequence_parallel is True and parallel.tensor == 1:
         yield "parallel.sequence_parallel: got true with parallel.tensor 1, expected false or auto"
-
-
-def _gpus(parallel: ParallelConfig) -> Iterator[str]:
-    """Every rank has a GPU of its own, where there are any."""
-    import torch
-
-    if 0 < (gpus := torch.cuda.device_count()) < parallel.ranks:
-        yield f"parallel.ranks: got {parallel.ranks}, expected at most this machine's {gpus} GPUs"
 
 
 def _layers(model: ModelConfig) -> Iterator[str]:
@@ -184,11 +187,12 @@ def _sampling(rollout: RolloutConfig) -> Iterator[str]:
         yield "rollout.urls: got an address twice, expected each engine once"
 
 
-def _transport(rollout: RolloutConfig, sync: SyncConfig) -> Iterator[str]:
+def _transport(rollout: RolloutConfig, sync: SyncConfig, cluster: ClusterConfig) -> Iterator[str]:
     """Shared memory is one machine's."""
     far = [url for url in rollout.urls if not is_local(url)]
-    if sync.transport in ("shm", "ipc") and far:
-        yield f"sync.transport: got {sync.transport}, expected group or disk: {few(far)} is on another machine"
+    if sync.transport in ("shm", "ipc") and (far or cluster.machines > 1):
+        reason = f"{few(far)} is on another machine" if far else f"the job has {cluster.machines} machines"
+        yield f"sync.transport: got {sync.transport}, expected group or disk: {reason}"
     if sync.transport == "disk" and far and sync.dir is None:
         yield f"sync.dir: missing, {few(far)} must see it too"
 
@@ -200,9 +204,9 @@ def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
             if (got := getattr(rollout, name)) != type(rollout).model_fields[name].default:
                 yield f"rollout.{name}: got {got}, which engines of rollout.urls do not heed"
         return
-    tensor, heads = rollout.tensor, arch.num_attention_heads
-    if heads % tensor:
-        yield f"rollout.tensor: got {tensor}, expected a divisor of the model's {heads} attention heads"
+    tensor = rollout.tensor
+    for fault in indivisible(arch, EngineParallel(tensor=tensor, expert_parallel=rollout.expert_parallel)):
+        yield fault.replace("engine.tensor x data", "rollout.tensor").replace("engine.tensor", "rollout.tensor")
     if rollout.expert_parallel and (tensor == 1 or not arch.is_moe):
         yield "rollout.expert_parallel: got true, expected false: there is nothing to divide" + (
             " (rollout.tensor is 1)" if arch.is_moe else " (the model has no experts)"
@@ -210,15 +214,17 @@ def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
 
 
 def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
-    """The engine that this job starts can compute the model."""
+    """The engine that this job starts can compute the model here, where that is on the CPU."""
     from megatron_dppo.rollout.engines import runs_on_cpu
 
-    if rollout.engine == "sglang":
-        yield from _sglang(rollout, arch)
-        return
     if rollout.urls or not runs_on_cpu(rollout.engine):
         return
-    if arch.latent is not None:
+    if rollout.engine == "sglang":
+        if arch.latent is not None:
+            yield "rollout.engine: got sglang, expected vllm: SGLang computes latent attention on GPUs only"
+        if rollout.expert_parallel:
+            yield "rollout.expert_parallel: got true, expected false: SGLang spreads experts over GPUs only"
+    elif arch.latent is not None:
         cached = arch.latent.kv_lora_rank + arch.latent.qk_rope_head_dim
         if cached != VLLM_CPU_LATENT_SIZE:
             yield (
@@ -230,21 +236,14 @@ def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
         yield f"model.path: got head_dim {arch.head_dim}, expected one that vLLM computes on CPU: {sizes}"
 
 
-def _sglang(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
-    if arch.model_type == "qwen3_moe" and not all(arch.moe_layers):
+def _engine_model(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
+    """The engine computes the same model."""
+    if rollout.engine == "sglang" and arch.model_type == "qwen3_moe" and not all(arch.moe_layers):
         yield (
             "rollout.engine: got sglang, expected vllm: SGLang gives experts to all layers of a Qwen3-MoE model, of "
             f"which this one has them in {sum(arch.moe_layers)} of {arch.num_layers} (mlp_only_layers, "
             "decoder_sparse_step)"
         )
-    from megatron_dppo.rollout.engines import runs_on_cpu
-
-    if rollout.urls or not runs_on_cpu(rollout.engine):
-        return
-    if arch.latent is not None:
-        yield "rollout.engine: got sglang, expected vllm: SGLang computes latent attention on GPUs only"
-    if rollout.expert_parallel:
-        yield "rollout.expert_parallel: got true, expected false: SGLang spreads experts over GPUs only"
 
 
 def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:
@@ -324,8 +323,8 @@ def _loss(loss: LossConfig) -> Iterator[str]:
             yield f"loss.skip_zero_advantage: got true, expected false: {name} has a gradient at every token"
 
 
-def _reference(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iterator[str]:
-    """The reference is of the same kind as the model, and its estimator pulls."""
+def _reference(loss: LossConfig) -> Iterator[str]:
+    """The reference has a use, and its estimator pulls."""
     kl = loss.kl
     if not kl.coefficient:
         for name in ("estimator", "importance", "reference"):
@@ -334,7 +333,12 @@ def _reference(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iter
         return
     if kl.estimator == "k1" and not kl.importance:
         yield "loss.kl.importance: got false, expected true: k1 alone does not pull"
-    if kl.reference is None:
+
+
+def _reference_model(loss: LossConfig, model: ModelConfig, arch: Architecture) -> Iterator[str]:
+    """The reference is of the same kind as the model."""
+    kl = loss.kl
+    if not kl.coefficient or kl.reference is None:
         return
     try:
         other = load_architecture(kl.reference)
@@ -360,7 +364,7 @@ def _optimizer(
     yield from _offload(training, parallel, checkpoint, model)
     if training.no_weight_decay and not training.weight_decay:
         yield "training.no_weight_decay: got names, expected none: training.weight_decay is 0"
-    names = hub_shapes(arch)
+    names = hub_shapes(arch) if training.no_weight_decay else {}
     for pattern in training.no_weight_decay:
         if not any(fnmatchcase(name, pattern) for name in names):
             yield f"training.no_weight_decay: got {pattern!r}, expected to match tensors, such as {next(iter(names))}"
@@ -374,15 +378,21 @@ def _offload(
     """What Megatron's hybrid optimizer can do, and what of it this package can save."""
     if not training.offload_optimizer:
         return
-    import torch
-
     what = "training.offload_optimizer: got true, expected"
-    if not torch.cuda.device_count():
-        yield f"{what} false: there is no GPU, all is on the CPU already"
     if not parallel.distributed_optimizer or training.optimizer != "adam" or model.dtype != "bfloat16":
         yield f"{what} false, or Adam on bfloat16 weights with parallel.distributed_optimizer"
     if checkpoint.every:
         yield f"{what} false, or checkpoint.every 0: its state cannot be loaded again yet"
+
+
+def _offload_device(training: TrainingConfig) -> Iterator[str]:
+    """There is something to offload from."""
+    if not training.offload_optimizer:
+        return
+    import torch
+
+    if not torch.cuda.device_count():
+        yield "training.offload_optimizer: got true, expected false: there is no GPU, all is on the CPU already"
 
 
 def _routing(routing: RoutingConfig, training: TrainingConfig, arch: Architecture) -> Iterator[str]:
@@ -444,12 +454,12 @@ def is_local(url: str) -> bool:
     return urlsplit(url).hostname in LOCAL_HOSTS
 
 
-RULES = (
-    *FILE_RULES,
-    _engine,
+# Of the settings among themselves and against the model's numbers: what can be said of a job before its files and its
+# machines are at hand.
+SETTING_RULES: tuple[Rule, ...] = (
+    _engine_model,
     _ranks,
-    _gpus,
-    _layers,
+    *CLUSTER_RULES,
     _layout,
     _lora,
     _templates,
@@ -472,3 +482,5 @@ RULES = (
     _objective,
     _top_k,
 )
+MACHINE_RULES: tuple[Rule, ...] = (_engine, _layers, _offload_device)  # of the machine that this runs on
+RULES: tuple[Rule, ...] = (*FILE_RULES, *MACHINE_RULES, *SETTING_RULES, _reference_model)

@@ -25,6 +25,8 @@ ENGINE_URLS_VARIABLE = "MEGATRON_DPPO_ENGINE_URLS"  # comma-separated; the clien
 
 BACKEND_KEY = "backend"  # trainer to launcher: what it computes with, in words
 READY_KEY = "ready"  # client to launcher: what the engines say about themselves, and which prompts were taken
+STOP_KEY = "stop"  # launcher to client: save after the step under way, and end
+STOPPED_KEY = "stopped"  # client to launcher: that it did, after how many steps
 CONNECT_TIMEOUT_S = 60.0
 PART_BYTES = 4 << 20
 
@@ -37,6 +39,11 @@ def order_key(number: int) -> str:
 def reply_key(number: int) -> str:
     """Rank 0 to client: how order `number` went."""
     return f"reply/{number}"
+
+
+def engine_url_key(number: int) -> str:
+    """Node of engine `number` to launcher: where it will answer."""
+    return f"engine_url/{number}"
 
 
 def engine_layout_key(digest: str) -> str:

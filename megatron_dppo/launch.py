@@ -1,7 +1,7 @@
-"""One job on one machine: starts engine, rollout client and trainer ranks, watches them, and ends them all.
+"""One job: starts engines, rollout client and trainer ranks, watches them, and ends them all.
 
 Whatever way the job ends (done, a process that died, Ctrl-C, SIGTERM) nothing it started is left running and its
-shared memory is given back.
+shared memory is given back. Where they run is for `machines.py` to know.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import contextlib
 import fcntl
 import itertools
 import os
-import shutil
-import socket
+import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +30,11 @@ from megatron_dppo.control import (
     ENGINE_URLS_VARIABLE,
     READY_KEY,
     SHARED_VARIABLE,
+    STOP_KEY,
+    STOPPED_KEY,
     Control,
 )
+from megatron_dppo.machines import Engine, Machines, ThisMachine, own_gpus
 from megatron_dppo.metrics import (
     METRICS,
     Progress,
@@ -43,18 +44,23 @@ from megatron_dppo.metrics import (
     read_metrics,
     write_summary,
 )
-from megatron_dppo.processes import Child, free_port, start, stop_on_exit, supervise
-from megatron_dppo.rollout.engines import runs_on_cpu, server_of, wait_ready
+from megatron_dppo.nodes import NAMES_VARIABLE, named_nodes
+from megatron_dppo.processes import Child, noted, start, stop_on_exit, supervise
+from megatron_dppo.rollout.engine import EngineUnreachable
+from megatron_dppo.rollout.engines import runs_on_cpu, wait_ready
+from megatron_dppo.slurm import allocation
 
-HOST = "127.0.0.1"
-SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
+ADDRESS_POLL_S = 0.2
 OUTPUTS = (
     "resolved.yaml", "logs", METRICS, "tensorboard", "summary.json", "learning_curve.png", "model", DIRECTORY,
 )  # fmt: skip
 
 
-def launch(config: Config) -> None:
-    """Runs the job to its end and writes its summary.
+def launch(config: Config) -> bool:
+    """Runs the job to its end and writes its summary. True where it was asked to stop before that.
+
+    SIGUSR1 asks: the step under way is done, a checkpoint is saved, and `resume=auto` goes on from there. Without
+    checkpoints (`checkpoint.every` 0) the signal ends the process, as ever.
 
     Raises RuntimeError when another run writes to the same directory, ChildDied with the last lines of its log when a
     process dies, EngineUnreachable when the engine does not get ready, KeyboardInterrupt on Ctrl-C or SIGTERM.
@@ -66,7 +72,7 @@ def launch(config: Config) -> None:
             _go_back(config.run.dir, start_of(config.resume))
         else:
             set_aside(config.run.dir, [config.run.dir / name for name in OUTPUTS])
-        _run(config)
+        return _run(config)
 
 
 def _go_back(run_dir: Path, step: int) -> None:
@@ -100,11 +106,14 @@ def with_checkpoint(config: Config) -> Config:
     return config.model_copy(update={"resume": found})
 
 
-def _run(config: Config) -> None:
+def _run(config: Config) -> bool:
     started = time.time()
     console = Console()
     metrics = config.run.dir / METRICS
-    with job(config, console, ranks="megatron_dppo.trainer", client="megatron_dppo.rollout.client") as running:
+    with (
+        _stop_requests(config) as asked,
+        job(config, console, ranks="megatron_dppo.trainer", client="megatron_dppo.rollout.client") as running,
+    ):
         control, progress, unsaid = running.control, Progress(metrics, console), [BACKEND_KEY, READY_KEY]
 
         def watch() -> None:
@@ -113,12 +122,24 @@ def _run(config: Config) -> None:
                     unsaid.remove(key)
                     for line in _introduction(message):
                         console.print(line, highlight=False, soft_wrap=True)
+            if asked and control.peek(STOP_KEY) is None:
+                control.post(STOP_KEY, {})
+                console.print("asked to stop: a checkpoint after the step under way, then the end", highlight=False)
             progress()
 
         supervise(running.children, until=running.until, watch=watch)
         watch()
+        if (stopped := control.peek(STOPPED_KEY)) is not None:
+            console.print(f"stopped after step {stopped['steps']}: resume=auto goes on from there", highlight=False)
+            return True
         engines = control.wait(READY_KEY, timeout_s=1.0)["engines"]
     _finish(config, engines, time.time() - started, console)
+    return False
+
+
+def _stop_requests(config: Config) -> contextlib.AbstractContextManager[list[int]]:
+    """Signals that ask the run to stop early, as they come; none where it could not go on."""
+    return noted(signal.SIGUSR1) if config.checkpoint.every else contextlib.nullcontext([])
 
 
 @dataclass(frozen=True)
@@ -137,34 +158,67 @@ def job(config: Config, console: Console, *, ranks: str | None, client: str) -> 
     `ranks`, `client`: the modules that they run, with the resolved config's path. No ranks: engines have all GPUs.
     """
     config = with_transport(config)
+    machines = machines_of(config)
     logs, resolved = config.run.dir / "logs", config.run.dir / "resolved.yaml"
     save_config(config, resolved)
     if ranks is None:
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ranks": 0})})
-    with shared_directory(config.run.name) as shared, stop_on_exit() as children:  # memory goes after its writers
-        control = Control.serve(HOST if all(map(is_local, config.rollout.urls)) else socket.gethostname())
+    with machines.shared_directory(config) as shared, stop_on_exit() as children:  # memory goes after its writers
+        control = Control.serve(machines.host(config))
         env = {**os.environ, CONTROL_VARIABLE: control.address, SHARED_VARIABLE: str(shared)}
-        urls = list(config.rollout.urls)
-        if not urls:
-            for number in range(config.rollout.engines):
-                url, engine = _start_engine(config, number, logs)
-                urls.append(url)
-                children.append(engine)
-        engines = list(children)
-        argv = [sys.executable, "-m", str(ranks), str(resolved)]
-        children.extend(start_ranks(argv, config.parallel.ranks, env=env, logs=logs))
+        engines: list[Engine] = []
+        if not config.rollout.urls:
+            for engine in machines.start_engines(config, resolved, env=env, logs=logs):
+                engines.append(engine)
+                children.append(engine.child)
+        children.extend(machines.start_ranks(str(ranks), config, resolved, env=env, logs=logs))
         started = children[len(engines) :]
+        timeout_s = config.rollout.start_timeout_s
+        urls = [*config.rollout.urls, *(_url_of(engine, control, timeout_s, children) for engine in engines)]
         console.print(
-            f"{config.run.name}: {len(started)} ranks, engine {', '.join(urls)}, weights by {config.sync.transport}; "
-            f"logs in {logs}",
+            f"{config.run.name}: {config.parallel.ranks} ranks, engine {', '.join(urls)}, weights by "
+            f"{config.sync.transport}; logs in {logs}",
             highlight=False,
         )
         for url, engine in zip(urls, engines, strict=False):
-            wait_ready(url, engine, config.rollout.start_timeout_s, children)
+            wait_ready(url, engine.child, timeout_s, children)
         argv = [sys.executable, "-m", client, str(resolved)]
         env[ENGINE_URLS_VARIABLE] = ",".join(urls)
         children.append(start("rollout client", argv, env=env, log_path=logs / "client.log"))
         yield Job(control, children, [children[-1], *started])
+
+
+def machines_of(config: Config) -> Machines:
+    """Where the job runs.
+
+    Raises ValueError where this machine lacks the GPUs that the config names, or the environment the nodes.
+    """
+    import torch
+
+    cluster, gpus = config.cluster, torch.cuda.device_count()
+    ranks = config.parallel.ranks // cluster.nodes
+    if cluster.device not in ("auto", "cpu") and gpus < ranks:
+        raise ValueError(
+            f"cluster.device: got {cluster.device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks"
+        )
+    if cluster.machines == 1:
+        return ThisMachine()
+    return named_nodes(config) if os.environ.get(NAMES_VARIABLE) else allocation(config)
+
+
+def _url_of(engine: Engine, control: Control, deadline_s: float, others: Sequence[Child]) -> str:
+    """Where an engine will answer, once its node has said so. Raises what `wait_ready` does."""
+    give_up = time.monotonic() + deadline_s
+    while (url := engine.url(control)) is None:
+        for child in others:
+            if child.poll() is not None:
+                raise child.died()
+        if time.monotonic() > give_up:
+            raise EngineUnreachable(
+                engine.child.name, f"its node did not say where after {deadline_s:.0f} s; {engine.child.log_path} may"
+            )
+        time.sleep(ADDRESS_POLL_S)
+    return url
 
 
 def _introduction(message: Mapping[str, Any]) -> list[str]:
@@ -177,65 +231,14 @@ def _introduction(message: Mapping[str, Any]) -> list[str]:
 def with_transport(config: Config) -> Config:
     """The config with sync.transport decided. Raises ValueError where it cannot be what was asked for."""
     sync = config.sync
-    far = not all(map(is_local, config.rollout.urls))
-    own_gpus = not config.rollout.urls and not runs_on_cpu(config.rollout.engine) and _own_gpus(config)
-    if sync.transport == "ipc" and own_gpus:
+    far = config.cluster.machines > 1 or not all(map(is_local, config.rollout.urls))
+    separate = not far and not config.rollout.urls and not runs_on_cpu(config.rollout.engine) and own_gpus(config)
+    if sync.transport == "ipc" and separate:
         raise ValueError("sync.transport: got ipc, expected group: the engines have GPUs that no rank sees")
     if sync.transport != "auto":
         return config
-    chosen = "group" if far or (own_gpus and config.rollout.engines == 1) else "shm"
+    chosen = "group" if far or (separate and config.rollout.engines == 1) else "shm"
     return config.model_copy(update={"sync": sync.model_copy(update={"transport": chosen})})
-
-
-def _own_gpus(config: Config) -> bool:
-    """Whether there are GPUs for the engines beside the ranks'."""
-    import torch
-
-    return torch.cuda.device_count() >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
-
-
-def _start_engine(config: Config, number: int, logs: Path) -> tuple[str, Child]:
-    rollout, ranks, port = config.rollout, config.parallel.ranks, free_port()
-    cpu = runs_on_cpu(rollout.engine)
-    separate = not cpu and _own_gpus(config)
-    argv, env = server_of(config, port=port, cpu=cpu, gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY)
-    if not cpu:  # those that no rank and no engine before has; where there are too few, each engine shares others
-        import torch
-
-        first = number * rollout.tensor + (ranks if separate else 0)
-        gpus = [(first + i) % torch.cuda.device_count() for i in range(rollout.tensor)]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[gpu] if visible else str(gpu) for gpu in gpus)
-    name = "engine" if rollout.engines == 1 else f"engine{number}"
-    return f"http://{HOST}:{port}", start(name, argv, env=env, log_path=logs / f"{name}.log")
-
-
-def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs: Path) -> Iterator[Child]:
-    """Starts `argv` once a rank, as torchrun would on one machine: RANK, WORLD_SIZE, MASTER_ADDR and so on.
-
-    One after the other as the iterator is read, so that the caller knows each as soon as it runs.
-    """
-    job = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron needs it for sequence parallelism on GPUs before Blackwell
-    }
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        yield start(f"rank {rank}", argv, env={**env, **job, **place}, log_path=logs / f"rank{rank}.log")
-
-
-@contextlib.contextmanager
-def shared_directory(name: str) -> Iterator[Path]:
-    """A directory in shared memory that is removed at the end."""
-    root = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix=f"megatron_dppo-{name}-", dir=root if root.is_dir() else None))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ ERROR_SEARCH_LINES, ERROR_LINES = 1000, 3
 ERROR_LINE = re.compile(r"\b\w*(Error|Exception|Died)\b: ")  # the last line of a Python traceback
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+STOP_THERE = signal.SIGUSR2  # as SIGTERM, to a guard on another node: srun hands this one on, and kills for SIGTERM
 PARENT_GONE = signal.SIGUSR1  # what the kernel sends the guard when the thread that started it ends
 
 
@@ -55,6 +56,7 @@ class Child:
     log_path: Path
     grace_s: float
     _guard: subprocess.Popen[bytes]
+    _culprit: Callable[[Path], Path | None] = lambda log_path: None
 
     @property
     def pid(self) -> int:
@@ -77,12 +79,7 @@ class Child:
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
         """The last lines of the child's output; empty if there is none."""
-        if not self.log_path.is_file():
-            return ""
-        with self.log_path.open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - 400 * lines))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(_last_lines(self.log_path, lines))
 
     def died(self) -> ChildDied:
         """The error that says how this ended child ended."""
@@ -93,6 +90,8 @@ class Child:
         # Some programs (vLLM) say a lot after the error that ended them.
         errors = [line for line in lines[:-TAIL_LINES] if ERROR_LINE.search(line)][-ERROR_LINES:]
         shown = ["errors before that:", *errors, "the end:", *tail] if errors else tail
+        if (other := self._culprit(self.log_path)) is not None:
+            shown += [f"the last lines of {other}:", *_last_lines(other, TAIL_LINES)]
         return ChildDied(self.name, returncode, self.log_path, "\n".join(shown))
 
 
@@ -104,16 +103,20 @@ def start(
     log_path: Path,
     cwd: Path | None = None,
     grace_s: float = GRACE_S,
+    stop_signal: signal.Signals = signal.SIGTERM,
+    culprit: Callable[[Path], Path | None] = lambda log_path: None,
 ) -> Child:
     """Start `argv` in a process group of its own, stdout and stderr appended to `log_path`, stdin empty.
 
-    env: the complete environment of the child. Raises FileNotFoundError if the program does not exist.
+    env: the complete environment of the child. stop_signal: what asks it and its descendants to end. culprit: which
+    other log, if any, `log_path` names as the one of the process that failed; its end is shown as well. Raises
+    FileNotFoundError if the program does not exist.
     """
     program = argv[0] if os.path.sep in argv[0] else _which(argv[0], env)
     if not os.access(program, os.X_OK):
         raise FileNotFoundError(f"{name}: got program {argv[0]!r}, expected an executable file")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace_s), "--", program, *argv[1:]]
+    guard = _guard_command(os.getpid(), grace_s, stop_signal, [program, *argv[1:]])
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             guard,
@@ -124,7 +127,17 @@ def start(
             stderr=log,
             start_new_session=True,
         )
-    return Child(name, log_path, grace_s, process)
+    return Child(name, log_path, grace_s, process, culprit)
+
+
+def become_guarded(argv: Sequence[str], env: Mapping[str, str], grace_s: float) -> NoReturn:
+    """This process becomes the guard of `argv`, for whoever started it: on another node, where `start` does not reach.
+
+    It ends gently by STOP_THERE too, which `argv` and its children are made to ignore: Slurm sends it to all of them.
+    """
+    signal.signal(STOP_THERE, signal.SIG_IGN)  # inherited; the guard blocks and so still receives it
+    guard = _guard_command(os.getppid(), grace_s, signal.SIGTERM, [_which(argv[0], env), *argv[1:]])
+    os.execve(guard[0], guard, dict(env))
 
 
 def supervise(
@@ -169,6 +182,23 @@ def stop_on_exit() -> Iterator[list[Child]]:
         finally:
             with _interrupts_held() if in_main else contextlib.nullcontext():
                 stop_all(children)
+
+
+@contextlib.contextmanager
+def noted(signum: int) -> Iterator[list[int]]:
+    """A list that has `signum` once it was received within the block, where else it would end the process.
+
+    Nothing is noted outside of the main thread.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signum, lambda n, _: received.append(n))
+    try:
+        yield received
+    finally:
+        signal.signal(signum, before)
 
 
 def stop_all(children: Sequence[Child]) -> None:
@@ -217,6 +247,20 @@ def finish_stop(child: Child, kill_at: float) -> int:
     return returncode
 
 
+def _guard_command(parent: int, grace_s: float, stop_signal: signal.Signals, argv: Sequence[str]) -> list[str]:
+    return [sys.executable, "-I", "-S", __file__, str(parent), str(grace_s), str(int(stop_signal)), "--", *argv]
+
+
+def _last_lines(path: Path, lines: int) -> list[str]:
+    """Of a text file; none where it is not there."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as log:
+        log.seek(0, os.SEEK_END)
+        log.seek(max(0, log.tell() - 400 * lines))
+        return log.read().decode(errors="replace").splitlines()[-lines:]
+
+
 def _which(program: str, env: Mapping[str, str]) -> str:
     import shutil  # not needed by the guard, which should start fast
 
@@ -253,9 +297,11 @@ def _interrupts_held() -> Iterator[None]:
 # ---- the guard: runs as a script, in a process of its own --------------------------------------------------
 
 
-def guard_main(parent: int, grace_s: float, argv: list[str]) -> int:
-    """Run `argv` and end all that it started (module docstring). SIGTERM ends it gently, SIGINT at once."""
-    awaited = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, PARENT_GONE}
+def guard_main(parent: int, grace_s: float, stop_signal: int, argv: list[str]) -> int:
+    """Run `argv` and end all that it started (module docstring). SIGTERM ends it gently, by `stop_signal`; SIGINT at
+    once."""
+    gently = {signal.SIGTERM, signal.SIGHUP, STOP_THERE}
+    awaited = {*gently, signal.SIGINT, signal.SIGCHLD, PARENT_GONE}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     _prctl(PR_SET_PDEATHSIG, PARENT_GONE)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -276,7 +322,7 @@ def guard_main(parent: int, grace_s: float, argv: list[str]) -> int:
         if code is not None and not descendants:
             return code
         if kill_at is None and (code is not None or os.getppid() != parent):
-            _signal_all(descendants, signal.SIGTERM)
+            _signal_all(descendants, stop_signal)
             kill_at = time.monotonic() + (grace_s if code is None else min(grace_s, ORPHAN_GRACE_S))
         if kill_at is not None and time.monotonic() >= kill_at:
             spared = time.monotonic() < kill_at + TRACKER_GRACE_S
@@ -284,8 +330,8 @@ def guard_main(parent: int, grace_s: float, argv: list[str]) -> int:
         received = signal.sigtimedwait(awaited, 1.0 if kill_at is None else 0.05)
         if received is None:
             continue
-        if received.si_signo in (signal.SIGTERM, signal.SIGHUP) and kill_at is None:
-            _signal_all(_descendants(), signal.SIGTERM)
+        if received.si_signo in gently and kill_at is None:
+            _signal_all(_descendants(), stop_signal)
             kill_at = time.monotonic() + grace_s
         if received.si_signo == signal.SIGINT:
             kill_at = time.monotonic()
@@ -343,4 +389,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guard_main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[4:]))
+    sys.exit(guard_main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[5:]))

@@ -61,9 +61,12 @@ class Trainer:
     reference: Model | None = None  # frozen, where the loss has a KL term
     start: int = 0  # steps done before
 
-    def run(self, writer: MetricsWriter | None) -> None:
-        """Does what the client orders until there are no more samples. `writer` on one rank only."""
-        step, laps = self.start, Laps()
+    def run(self, writer: MetricsWriter | None) -> bool:
+        """Does what the client orders until there are no more samples. `writer` on one rank only.
+
+        False where the run will go on from its last checkpoint: it was asked to stop before its end.
+        """
+        step, laps, complete = self.start, Laps(), True
         for order in self.inbox:
             laps.end("wait")
             match order["do"]:
@@ -80,7 +83,9 @@ class Trainer:
                     self.inbox.answer({})
                 case "stop":
                     _write(writer, step, order, {}, laps.restart())
+                    complete = not order.get("resumable", False)
             laps.end(order["do"])
+        return complete
 
     def _save(self, step: int, queue: Mapping[int, Path]) -> None:
         """A checkpoint, and none that is too old any more."""
@@ -367,10 +372,11 @@ def main(config: Config) -> None:
         MetricsWriter(config.run.dir, tensorboard=logging.tensorboard, start=start) if rank.rank == 0 else nullcontext()
     )
     with writer as opened:
-        trainer.run(opened)
+        complete = trainer.run(opened)
     for sender in trainer.senders.values():
         sender.close()
-    save_checkpoint(model.held, config.model.path, config.run.dir / "model")
+    if complete:
+        save_checkpoint(model.held, config.model.path, config.run.dir / "model")
     finalise_parallel()
 
 

@@ -195,7 +195,7 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
         (["rollout.urls=[http://10.1.2.3:8000]", "sync.transport=disk"], "sync.dir: missing, http://10.1.2.3:8000"),
         (["rollout.urls=[http://10.1.2.3:8000]", "sync.transport=disk", "sync.dir=/shared"], None),
         (["rollout.urls=[http://10.1.2.3:8000]", "rollout.tensor=2"], "rollout.tensor: got 2, which engines of"),
-        (["rollout.tensor=3"], "rollout.tensor: got 3, expected a divisor of the model's"),
+        (["rollout.tensor=8"], "rollout.tensor: got 8, expected a divisor of the model's"),
         (["rollout.expert_parallel=true"], "rollout.expert_parallel: got true, expected false: there is nothing"),
         (["rollout.expert_parallel=true", "rollout.tensor=2"], None),
         (

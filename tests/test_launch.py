@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.launch import run_directory, shared_directory
+from megatron_dppo.config import load_config
+from megatron_dppo.launch import machines_of, run_directory
+from megatron_dppo.machines import ThisMachine, shared_directory
+from megatron_dppo.nodes import NamedNodes
 
 
 def test_what_an_earlier_run_left_is_moved_and_the_input_stays(tmp_path: Path) -> None:
@@ -42,3 +45,18 @@ def test_shared_memory_is_given_back_also_after_an_error() -> None:
         seen.append(shared)
         raise KeyError
     assert not seen[0].exists()
+
+
+def test_where_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    assert isinstance(machines_of(load_config(recipe)), ThisMachine)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ValueError, match="got 2 machines outside of a Slurm job"):
+        machines_of(load_config(recipe, ["cluster.nodes=2"]))
+    monkeypatch.setenv("MEGATRON_DPPO_NODES", "a b")
+    monkeypatch.setenv("MEGATRON_DPPO_ON", "launchers/local/over_ssh.sh")
+    assert isinstance(machines_of(load_config(recipe, ["cluster.nodes=2"])), NamedNodes)
+    with pytest.raises(
+        ValueError, match=r"cluster.device: got h100, expected auto or cpu: here are \d GPUs for 99 ranks"
+    ):
+        machines_of(load_config(recipe, ["cluster.device=h100", "parallel.ranks=99"]))

@@ -250,3 +250,49 @@ def test_a_second_interrupt_waits_until_the_children_are_stopped(tmp_path: Path)
 def test_free_port_can_be_bound() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", processes.free_port()))
+
+
+def test_a_process_that_becomes_the_guard_of_another_ends_it_gently(tmp_path: Path) -> None:
+    """As on another node: the signal that srun hands on reaches what the guard started."""
+    server = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(print('gently', flush=True)));"
+    server += "print('up', flush=True); time.sleep(600)"
+    code = f"""
+    import os, sys
+    from megatron_dppo.processes import become_guarded
+    become_guarded([sys.executable, "-c", {server!r}], os.environ, 10.0)
+    """
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(python(code), env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(processes.STOP_THERE)
+    output, _ = process.communicate(timeout=10)
+    assert (output, process.returncode) == ("gently\n", 0)
+
+
+def test_another_signal_may_ask_a_child_to_stop(tmp_path: Path) -> None:
+    code = """
+    import signal, sys, time
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+    open(sys.argv[1], "w").close()
+    time.sleep(600)
+    """
+    argv = python(code, tmp_path / "up")
+    child = start("c", argv, env=os.environ, log_path=tmp_path / "log", stop_signal=signal.SIGUSR2)
+    assert eventually((tmp_path / "up").exists)
+    assert child.stop() == 7
+
+
+def test_the_log_that_a_child_names_is_shown_too(tmp_path: Path) -> None:
+    (tmp_path / "rank3.log").write_text("the cause\n")
+    argv = python("print('rank 3 failed'); raise SystemExit(1)")
+    child = start("c", argv, env=os.environ, log_path=tmp_path / "log", culprit=lambda log: log.with_name("rank3.log"))
+    assert eventually(lambda: child.poll() is not None)
+    assert "rank 3 failed" in str(child.died()) and str(child.died()).endswith("rank3.log:\nthe cause")
+
+
+def test_a_signal_is_noted_instead_of_ending_the_process() -> None:
+    with processes.noted(signal.SIGUSR1) as received:
+        assert not received
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert eventually(lambda: received == [signal.SIGUSR1])
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -42,7 +42,7 @@ from megatron_dppo.config import Config, objective_of, save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Inbox, Orders
 from megatron_dppo.data.packing import imbalance, plan_step
 from megatron_dppo.data.prompts import Prompt
-from megatron_dppo.launch import start_ranks
+from megatron_dppo.machines import start_ranks
 from megatron_dppo.metrics import read_metrics
 from megatron_dppo.processes import free_port, stop_on_exit
 from megatron_dppo.rank import load_policy, with_optimizer

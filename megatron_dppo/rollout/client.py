@@ -27,6 +27,8 @@ from megatron_dppo.control import (
     ENGINE_URLS_VARIABLE,
     READY_KEY,
     SHARED_VARIABLE,
+    STOP_KEY,
+    STOPPED_KEY,
     Control,
     Orders,
 )
@@ -82,7 +84,18 @@ class Client:
                 self.ahead.check()
                 for path in self.shared.glob("batch-*"):  # the ranks are done with them
                     path.unlink()
-                await self._save(step + 1)
+                asked = self.orders.control.peek(STOP_KEY) is not None
+                await self._save(step + 1, at_once=asked)
+            if asked:
+                await self._stop_early(step + 1)
+                return
+
+    async def _stop_early(self, steps: int) -> None:
+        """The end of a run that goes on from its checkpoint."""
+        await self.ahead.close()
+        self.orders.control.post(STOPPED_KEY, {"steps": steps})
+        stop = {"stop": f"asked to stop after step {steps}", "resumable": True}
+        await self.orders.end({"do": "stop", "evaluation": None, "seconds": self.seconds, **stop})
 
     async def _evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out accuracies by name where they are due: before, after, and every so many steps."""
@@ -118,10 +131,10 @@ class Client:
         state = {"engines": len(self.sampler.fleet.living), "balance": placed["balance"]}
         return placed | {"metrics": batch_metrics(batch, step) | state}
 
-    async def _save(self, step: int) -> None:
-        """A checkpoint where one is due, with the batches that are waiting to be trained."""
+    async def _save(self, step: int, *, at_once: bool = False) -> None:
+        """A checkpoint where one is due, or `at_once`, with the batches that are waiting to be trained."""
         every = self.config.checkpoint.every
-        if every and step % every == 0:
+        if at_once or (every and step % every == 0):
             queue = self.ahead.save(self.shared)
             await self.orders.do({"do": "save", "queue": queue})
             for path in queue.values():

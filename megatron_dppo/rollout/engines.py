@@ -23,7 +23,7 @@ READY_POLL_S = 0.25
 
 
 def server_of(
-    config: Config, *, port: int, cpu: bool, gpu_memory_utilization: float | None
+    config: Config, *, port: int, cpu: bool, gpu_memory_utilization: float | None, host: str = "127.0.0.1"
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a server such as the config asks for; the model's path is made absolute.
 
@@ -31,6 +31,7 @@ def server_of(
     """
     rollout, model_dir = config.rollout, config.model.path.absolute()
     options: dict[str, Any] = {
+        "host": host,
         "port": port,
         "cpu": cpu,
         "dtype": rollout.dtype,
@@ -43,7 +44,8 @@ def server_of(
     }
     if rollout.engine == "sglang":
         argv = sglang_server.server_command(model_dir, python=sglang_server.interpreter(), **options)
-        return argv, sglang_server.server_env(cpu=cpu, tensor_parallel_size=rollout.tensor)
+        env = sglang_server.server_env(cpu=cpu, cache_root=CACHE_DIR / "path", tensor_parallel_size=rollout.tensor)
+        return argv, env
     most = num_recorded_topk(config) + 1  # the sampled token beside the K
     env = vllm_server.server_env(cpu=cpu, cache_root=CACHE_DIR / "vllm", kv_cache_gib=rollout.kv_cache_gib)
     return vllm_server.server_command(model_dir, max_logprobs=most, **options), env

@@ -43,7 +43,6 @@ class Flight:
     wire_id: str  # by which the server knows it: two samples, or another client's, may have the same id
     spans: list[tuple[int, int]]
     tokens: int = 0  # sampled when it was last held
-    held: bool = False  # by the last pause
 
 
 def wire_id(request_id: str) -> str:
@@ -92,6 +91,7 @@ class HttpEngine(abc.ABC):
         self._in_flight = 0
         self._flights: set[Flight] = set()
         self._held = False  # requests are kept in a paused server
+        self._ending = False  # by pause("abort"): what is in flight is to come back as it is
         self._open = asyncio.Event()  # set when `generate` need not wait for held requests to go on
         self._open.set()
         self._idle = asyncio.Event()
@@ -222,37 +222,44 @@ class HttpEngine(abc.ABC):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
-        return (await self._sample(prompt_ids, sampling, request_id, group_id))[0]
+        self._request(await self.capabilities(), prompt_ids, sampling, request_id)  # refused before it waits
+        await self._open.wait()
+        async with self._flight(), self._slots:
+            return await self._respond(prompt_ids, sampling, request_id, group_id)
+
+    async def _respond(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, group_id: str
+    ) -> Trajectory:
+        """A whole response, in the slot of its own."""
+        return await self._sample(prompt_ids, sampling, request_id, group_id)
 
     async def _sample(
-        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, group_id: str
-    ) -> tuple[Trajectory, bool]:
-        """One request's response, and whether the request was held on its way."""
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, group_id: str, *, goes_on: bool = False
+    ) -> Trajectory:
+        """What one request brings; `goes_on`: with a response that was begun, for whose end a pause waits."""
         facts = await self.capabilities()
         body = self._request(facts, prompt_ids, sampling, request_id)
         await self._open.wait()
-        async with self._flight(), self._slots:
-            await self._open.wait()
-            self._require_ready()  # again: it may have been paused while this call waited for its slot
-            flight = Flight(wire_id(request_id), [(0, self._version)])
-            body[self.id_field] = flight.wire_id
-            self._flights.add(flight)
-            try:
-                answer = await self.http.retrying(
-                    "POST",
-                    self.sampling_path,
-                    body,
-                    before_repeating=partial(self._begin_anew, flight, body, request_id),
-                )
-            except asyncio.CancelledError:
-                with contextlib.suppress(EngineError, TimeoutError):
-                    async with asyncio.timeout(ABORT_S):
-                        await self._abort(flight.wire_id)
-                raise
-            finally:
-                self._flights.remove(flight)
-        trajectory = self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
-        return trajectory, flight.held
+        if not (goes_on and self._state == "paused"):
+            self._require_ready()  # it may have been paused while this call waited for its slot
+        flight = Flight(wire_id(request_id), [(0, self._version)])
+        body[self.id_field] = flight.wire_id
+        self._flights.add(flight)
+        try:
+            answer = await self.http.retrying(
+                "POST",
+                self.sampling_path,
+                body,
+                before_repeating=partial(self._begin_anew, flight, body, request_id),
+            )
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(ABORT_S):
+                    await self._abort(flight.wire_id)
+            raise
+        finally:
+            self._flights.remove(flight)
+        return self._parse(facts, answer, prompt_ids, sampling, flight.spans, request_id, group_id)
 
     async def _begin_anew(self, flight: Flight, body: dict[str, Any], request_id: str) -> None:
         """Makes sure that no restart brought other weights. The server may still have what was sent before."""
@@ -293,8 +300,6 @@ class HttpEngine(abc.ABC):
             raise EngineError(self.url, "pause refused: requests are held, expected resume() or an update first")
         if self._state == "ready":  # an unusable one stays so until a full update has succeeded
             self._state = "paused"
-        for flight in self._flights:
-            flight.held = mode == "keep"
         if mode == "keep":
             self._held = True
             self._open.clear()
@@ -305,6 +310,7 @@ class HttpEngine(abc.ABC):
                 self._release()  # nobody waits for what may never go on
                 raise
             return
+        self._ending = mode == "abort"
         if mode == "wait":
             await self._idle.wait()
         await self._pause_server(mode)
@@ -316,7 +322,7 @@ class HttpEngine(abc.ABC):
             await self._pause_server(mode)
 
     def _release(self) -> None:
-        self._held = False
+        self._held = self._ending = False
         self._open.set()
 
     async def _count_tokens(self) -> None:

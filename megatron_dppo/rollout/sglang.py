@@ -31,6 +31,8 @@ from megatron_dppo.rollout.sglang_weights import ServerWeights, Sessions
 from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.rollout.turns import join_turns, without_last_token
 
+MOST_CUTS = 20  # of a response, one after the other, that bring no token
+
 
 class SglangEngine(HttpEngine):
     """See `HttpEngine`; `arch`: of the model that the server was started with, which it does not say itself."""
@@ -42,11 +44,31 @@ class SglangEngine(HttpEngine):
     def __init__(self, url: str, arch: Architecture, **kwargs: Any) -> None:
         super().__init__(url, **kwargs)
         self._arch = arch
-        self._way: ServerWeights  # found by the probe, which comes before everything else
+        self._found: ServerWeights | None = None  # by the probe, which comes before everything else
+
+    @property
+    def _way(self) -> ServerWeights:
+        assert self._found is not None, "the probe comes first"
+        return self._found
+
+    async def close(self) -> None:
+        await self._leave()
+        await super().close()
+
+    async def _leave(self) -> None:
+        if self._found is not None:
+            await self._found.close()
 
     # ---- facts ----
 
     async def _probe(self) -> Capabilities:
+        await self._leave()  # of a server that has been restarted
+        try:
+            return await self._facts()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineBadAnswer(self.url, f"/server_info, /model_info: {type(error).__name__}: {error}") from error
+
+    async def _facts(self) -> Capabilities:
         try:
             info = await self.http.retrying("GET", "/server_info")
         except EngineError as error:
@@ -72,7 +94,7 @@ class SglangEngine(HttpEngine):
             raise EngineError(self.url, f"got speculative_algorithm {draft}, expected none: drafts get no weights")
         sessions = Sessions(self.http, wanted=await self._has("/begin_weight_update"))
         workers = int(info["tp_size"])
-        self._way = (
+        self._found = (
             LoaderWeights(self.http, sessions, self._arch, workers=workers, model_dir=str(model["model_path"]))
             if LOADER in (info.get("custom_weight_loader") or [])
             else BucketWeights(self.http, sessions, self._arch, workers=workers)
@@ -115,23 +137,32 @@ class SglangEngine(HttpEngine):
 
     # ---- sampling ----
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
+    async def _respond(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, group_id: str
     ) -> Trajectory:
         facts = await self.capabilities()
         parts: list[Trajectory] = []
-        ids, left = list(prompt_ids), sampling
-        while True:
-            part, held = await self._sample(ids, left, request_id, group_id)
-            if not held or part.finish_reason != "abort":
-                return replace(join_turns([*parts, part]), finish_reason=part.finish_reason)
-            if part.response_length < 2 or (facts.routed_experts and part.routes is None):
-                continue  # nothing to keep, or (of a request that waited for memory) its routes were not kept
+        ids, left, cuts = list(prompt_ids), sampling, 0
+        while cuts < MOST_CUTS:
+            part = await self._sample(ids, left, request_id, group_id, goes_on=bool(parts))
+            bare = facts.routed_experts and part.routes is None  # cut while it waited for memory
+            if part.finish_reason != "abort" or self._ending:
+                whole = parts if parts and bare else [*parts, part]
+                return replace(join_turns(whole), finish_reason=part.finish_reason)
+            # Held, or aborted by somebody else (an abort is of all requests): what was cut short is no answer.
+            cuts += 1
+            if part.response_length < 2 or bare:
+                continue  # nothing to keep
             # A cut comes before SGLang looks whether the last token ends the response. Which token that is must not
             # decide whether it is kept: it is always sampled anew.
             parts.append(without_last_token(part))
             ids += parts[-1].response_ids.tolist()
             left = replace(left, max_tokens=left.max_tokens - parts[-1].response_length)
+            cuts = 0
+        raise EngineBadAnswer(
+            self.url,
+            f"request {request_id}: aborted {cuts} times in a row without a token; by another client?",
+        )
 
     def _request(
         self, facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,10 @@ def parse_version(name: Any) -> tuple[int, int]:
     """Version and updates from the server's name of its weights. Raises ValueError for one that is not ours."""
     if name == FIRST_WEIGHTS:
         return 0, 0
-    version, dot, updates = str(name).partition(".")
-    if not dot:
+    numbers = re.fullmatch(r"(-?\d+)\.(\d+)", str(name))
+    if numbers is None:
         raise ValueError(f"weight_version: got {name!r}, expected one that this client gave (VERSION.UPDATES)")
-    return int(version), int(updates)
+    return int(numbers[1]), int(numbers[2])
 
 
 def request_body(facts: Capabilities, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> dict[str, Any]:
@@ -109,6 +110,9 @@ def parse_answer(
 def _spans(meta: dict[str, Any], length: int, *, routed: bool) -> list[tuple[int, int]]:
     """(first token, version of the weights from there on), as the server says; 0.5.18 knows those of the end only."""
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": length}]
+    bounds = [(int(span["start"]), int(span["end"])) for span in spans]
+    if [0, *(end for _, end in bounds)] != [*(start for start, _ in bounds), length]:
+        raise ValueError(f"weight_versions: got spans {bounds}, expected them to follow each other from 0 to {length}")
     found = [(int(span["start"]), parse_version(span["version"])[0]) for span in spans]
     if any(version < 0 for _, version in found):
         raise ValueError("weight_versions: got tokens of weights that a failed update left half-written")

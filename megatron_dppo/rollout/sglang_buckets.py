@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.processes import free_port
+from megatron_dppo.control import connect_store
 from megatron_dppo.rollout.engine import EngineError, Manifest, Update
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang_answer import wire_version
@@ -34,6 +34,7 @@ from megatron_dppo.weights.mapping import hub_shapes
 
 BUCKET_BYTES = 512 << 20
 GROUP_TIMEOUT = timedelta(seconds=120)
+LEAVE_S = 5.0  # for a server to hear that a group has ended
 VOCABULARY_MULTIPLE = 64  # to which SGLang pads: no update reaches rows beyond the vocabulary
 VOCABULARY_PARAMETERS = ("embed_tokens.weight", "lm_head.weight")
 Checksums = list[dict[str, str]]  # of every parameter, a worker each
@@ -49,6 +50,7 @@ class BucketWeights:
         self._http, self._sessions, self._arch, self._workers = http, sessions, arch, workers
         self._staged: Manifest | None = None
         self._group: dist.ProcessGroup | None = None
+        self._meeting: dist.TCPStore | None = None  # where its members find each other; served here
         self._group_name = ""
         self._proved = False
 
@@ -81,6 +83,8 @@ class BucketWeights:
         unusable = wire_version(UNUSABLE, updates)
         if not self._proved:
             await self._check_weights("checksum")  # before anything is lost: some versions cannot, on a CPU
+        await self._name_weights(unusable)  # a load that fails midway leaves the name that they had
+        if not self._proved:
             first = await self._from_other_weights(tensors, unusable)
             second = await self._from_other_weights(tensors, unusable)
             if left := sorted({n for a, b in zip(first, second, strict=True) for n in a if a[n] != b.get(n)}):
@@ -93,18 +97,18 @@ class BucketWeights:
         else:
             await self._send(tensors, unusable)
         await self._http.once("POST", "/flush_cache", parse=False)
-        # Only now a name for them, which the schedulers take with an update only: of the smallest tensor, again.
-        smallest = min(tensors, key=lambda name: tensors[name].nbytes)
-        await self._send({smallest: tensors[smallest]}, wire_version(version, updates + 1))
+        await self._name_weights(wire_version(version, updates + 1))
         return updates + 1
 
     async def discard(self) -> None:
         self._staged = None
 
+    async def close(self) -> None:
+        if self._group is not None:
+            await self._leave()
+
     async def _from_other_weights(self, tensors: Mapping[str, Tensor], unusable: str) -> Checksums:
         """Checksums of what an update makes of random weights."""
-        name = {"new_version": unusable, "abort_all_requests": False}
-        await self._http.once("POST", "/update_weight_version", name)
         await self._check_weights("reset_tensors")
         await self._send(tensors, unusable)
         ranks = (await self._check_weights("checksum"))["ranks"]
@@ -117,6 +121,10 @@ class BucketWeights:
             }
             for rank in ranks
         ]
+
+    async def _name_weights(self, name: str) -> None:
+        body = {"new_version": name, "abort_all_requests": False}
+        await self._http.once("POST", "/update_weight_version", body)
 
     async def _check_weights(self, action: str) -> dict[str, Any]:
         return await self._http.once("POST", "/weights_checker", {"action": action})
@@ -145,16 +153,19 @@ class BucketWeights:
     async def _joined(self) -> dist.ProcessGroup:
         """The group of this process and the server's workers, which a failure ends."""
         if self._group is None:
-            host, port, self._group_name = own_address(self._http.url), free_port(), f"weights-{uuid4().hex}"
+            host, size, self._group_name = own_address(self._http.url), self._workers + 1, f"weights-{uuid4().hex}"
+            self._meeting = dist.TCPStore(
+                host, 0, size, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False
+            )  # fmt: skip
             body = {
                 "master_address": host,
-                "master_port": port,
+                "master_port": self._meeting.port,
                 "rank_offset": 1,
-                "world_size": self._workers + 1,
+                "world_size": size,
                 "group_name": self._group_name,
                 "backend": "gloo",
             }
-            joined = asyncio.to_thread(_join, host, port, self._workers + 1, self._group_name)
+            joined = asyncio.to_thread(_join, f"{host}:{self._meeting.port}", size, self._group_name)
             self._group = await self._both(joined, self._http.once("POST", "/init_weights_update_group", body))
         return self._group
 
@@ -177,14 +188,14 @@ class BucketWeights:
         return own.result()
 
     async def _leave(self) -> None:
-        """The next update meets anew."""
-        group, self._group = self._group, None
-        if group is None:
-            return
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group(group)
-        with contextlib.suppress(EngineError):
-            await self._http.once("POST", "/destroy_weights_update_group", {"group_name": self._group_name})
+        """The next update meets anew. Whoever waits for the others where they were to meet learns that it is gone."""
+        group, self._group, self._meeting = self._group, None, None
+        if group is not None:
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group(group)
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._http.once("POST", "/destroy_weights_update_group", {"group_name": self._group_name})
 
 
 def buckets_of(tensors: Mapping[str, Tensor], bucket_bytes: int) -> Iterator[Mapping[str, Tensor]]:
@@ -201,9 +212,9 @@ def buckets_of(tensors: Mapping[str, Tensor], bucket_bytes: int) -> Iterator[Map
         yield bucket
 
 
-def _join(host: str, port: int, size: int, name: str) -> dist.ProcessGroup:
+def _join(meeting: str, size: int, name: str) -> dist.ProcessGroup:
     """As SGLang's workers do (`init_custom_process_group`): a group beside any default one, this process rank 0."""
-    store = dist.TCPStore(host, port, size, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False)
+    store = connect_store(meeting, GROUP_TIMEOUT.total_seconds())
     new_group: Any = distributed_c10d._new_process_group_helper
     backend = distributed_c10d.Backend("gloo")
     group, _ = new_group(size, 0, [], backend, dist.PrefixStore(name, store), group_name=name, timeout=GROUP_TIMEOUT)

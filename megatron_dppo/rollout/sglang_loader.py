@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, Update
+from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Update
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang_answer import wire_version
 from megatron_dppo.rollout.sglang_call import LOADER, Call, answer_key
@@ -57,9 +57,10 @@ class LoaderWeights:
         return answers
 
     def _may_be_unread(self, name: str) -> bool:
-        """A head that is tied, and layers of multi-token prediction."""
+        """A head that is the embedding, and layers of multi-token prediction."""
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        return name == "lm_head.weight" or (layer.isdigit() and int(layer) >= self._arch.num_layers)
+        tied = name == "lm_head.weight" and self._arch.tie_word_embeddings
+        return tied or (layer.isdigit() and int(layer) >= self._arch.num_layers)
 
     async def fingerprints(self) -> list[dict[str, Any]]:
         async with self._sessions.one():
@@ -94,6 +95,9 @@ class LoaderWeights:
             version = UNUSABLE
         await self._call("state", names_weights=wire_version(version, updates))
         await self._sessions.end()
+
+    async def close(self) -> None:
+        self._store = None
 
     async def _call(
         self, method: str, arguments: dict[str, Any] | None = None, *, names_weights: str | None = None
@@ -130,11 +134,16 @@ class LoaderWeights:
 
 
 def own_address(url: str) -> str:
-    """Of this machine, as the one at `url` sees it."""
+    """Of this machine, as the one at `url` sees it. Raises EngineUnreachable."""
     where = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((where.hostname or "localhost", where.port or 80))  # sends nothing
-        return str(probe.getsockname()[0])
+    try:
+        found = socket.getaddrinfo(where.hostname or "localhost", where.port or 80, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise EngineUnreachable(url, f"no way to {where.hostname}: {error}") from error
 
 
 def _in_all(answers: Sequence[dict[str, Any]], name: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -63,21 +65,23 @@ def server_command(
     }
     flags = ["enable-metrics", "skip-server-warmup"]
     flags += ["enable-return-routed-experts"] if routed_experts else []
+    flags += ["sleep-on-idle"] if cpu else []  # its schedulers would take the cores that ranks train on
     argv = [python, "-m", "sglang.launch_server"]
     for name, value in options.items():
         argv += [] if value is None else [f"--{name}", str(value)]
     return [*argv, *(f"--{flag}" for flag in flags), *extra]
 
 
-def server_env(*, cpu: bool, tensor_parallel_size: int = 1, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def server_env(
+    *, cpu: bool, cache_root: Path, tensor_parallel_size: int = 1, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The complete environment of a server: `base` (this process's by default) with what rollouts need.
 
     This package comes onto its path, wherever its environment is: workers load `sglang_worker`.
     """
     env = dict(os.environ if base is None else base)
-    ours = str(Path(megatron_dppo.__file__).parents[1])
     env |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [ours, env.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_path_of_package(cache_root)), env.get("PYTHONPATH")])),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # for the positions that it keeps back
         "HF_HUB_OFFLINE": "1",
     }
@@ -94,11 +98,21 @@ def server_env(*, cpu: bool, tensor_parallel_size: int = 1, base: Mapping[str, s
     return env
 
 
+def _path_of_package(cache_root: Path) -> Path:
+    """A directory with a link to this package and nothing else: what is installed beside it is not SGLang's."""
+    package = Path(megatron_dppo.__file__).resolve().parent
+    place = cache_root / hashlib.sha256(str(package).encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (place / package.name).symlink_to(package, target_is_directory=True)
+    return place.absolute()
+
+
 def interpreter() -> str:
     """The Python that has SGLang: `PYTHON_VARIABLE` names it, or it is this one. Raises ValueError where neither is."""
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
-        if not os.access(named, os.X_OK):
+        if not (Path(named).is_file() and os.access(named, os.X_OK)):
             raise ValueError(f"{PYTHON_VARIABLE}: got {named}, expected an interpreter that has SGLang installed")
         return str(Path(named).absolute())
     if importlib.util.find_spec("sglang") is None:

@@ -38,6 +38,10 @@ class ServerWeights(Protocol):
         """Forgets what was given; the server has a name for the weights that it has."""
         ...
 
+    async def close(self) -> None:
+        """Gives back what it has at the server and here."""
+        ...
+
 
 class Sessions:
     """Updates stand between `/begin_weight_update` and `/end_weight_update` where the server has these (0.5.21)."""

@@ -118,7 +118,8 @@ def _share(
     return size // parts * part, size // parts * (part + 1)
 
 
-def _check_divides(arch: Architecture, parallel: EngineParallel) -> None:
+def indivisible(arch: Architecture, parallel: EngineParallel) -> Iterator[str]:
+    """One line for each degree of parallelism that does not divide the model, as `engine.tensor: got X, expected Y`."""
     tensor, split_experts = parallel.tensor, arch.is_moe and not parallel.expert_parallel
     split_shared = 0 if parallel.sequence_parallel_moe else arch.shared_expert_intermediate_size
     for key, parts, size, what in (
@@ -129,9 +130,12 @@ def _check_divides(arch: Architecture, parallel: EngineParallel) -> None:
         ("tensor x data", parallel.workers, arch.moe_intermediate_size * split_experts, "columns of an expert"),
     ):
         if size % parts:
-            raise ValueError(f"engine.{key}: got {parts}, expected a divisor of the model's {size} {what}")
+            yield f"engine.{key}: got {parts}, expected a divisor of the model's {size} {what}"
     heads = arch.num_key_value_heads
     if arch.latent is None and heads % tensor and tensor % heads:
-        raise ValueError(
-            f"engine.tensor: got {tensor}, expected a divisor or a multiple of the model's {heads} key/value heads"
-        )
+        yield f"engine.tensor: got {tensor}, expected a divisor or a multiple of the model's {heads} key/value heads"
+
+
+def _check_divides(arch: Architecture, parallel: EngineParallel) -> None:
+    if fault := next(indivisible(arch, parallel), None):
+        raise ValueError(fault)

@@ -21,7 +21,8 @@ import pytest
 from megatron_dppo.checkpoints import complete_checkpoints, queued_batches, start_of
 from megatron_dppo.config import Config, save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, reply_key
-from megatron_dppo.launch import start_ranks, with_checkpoint
+from megatron_dppo.launch import with_checkpoint
+from megatron_dppo.machines import start_ranks
 from megatron_dppo.metrics import keep_records_before
 from megatron_dppo.processes import stop_on_exit
 from megatron_dppo.rollout.client import place_batch

@@ -98,11 +98,14 @@ def serving(
         assert not left, f"processes {left} of the engine are still running"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=KIND.tensor_parallel, ids=lambda workers: f"tp{workers}")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # Layer 0 dense, so that the recorded routes of layer 1 alone are right only if layers are told apart.
     model = tiny_model(tiny_config(mlp_only_layers=(0,) if KIND.dense_layers else ()), seed=0)
-    with serving(request.config, tmp_path_factory.mktemp("engine"), model, routed_experts=True) as engine:
+    directory, workers = tmp_path_factory.mktemp("engine"), request.param
+    with serving(
+        request.config, directory, model, routed_experts=True, tensor_parallel_size=workers
+    ) as engine:  # fmt: skip
         yield engine
 
 

@@ -27,6 +27,7 @@ class Kind(Protocol):
     """One of the engines."""
 
     name: str
+    tensor_parallel: tuple[int, ...]  # at which the contract is tested
     max_logprobs: int  # of a vocabulary of 64
     dense_layers: bool  # whether it serves Qwen3-MoE models some of whose layers are dense
     latent_attention: bool  # whether it computes that on the CPU
@@ -47,6 +48,7 @@ class Kind(Protocol):
 
 
 class Vllm:
+    tensor_parallel = (1,)
     name, max_logprobs, generated = "vllm", MAX_LOGPROBS, "vllm:generation_tokens_total"
     process, dense_layers, latent_attention = "vllm.entrypoints", True, True
 
@@ -70,6 +72,7 @@ class Vllm:
 
 
 class Sglang:
+    tensor_parallel = (1, 2)
     name, max_logprobs, generated = "sglang", 65, "sglang:generation_tokens_total"
     process, dense_layers, latent_attention = "sglang.launch_server", False, False
     loader = "tests.engines.faulty_sglang.call"
@@ -83,7 +86,13 @@ class Sglang:
             model_dir, port=port, cpu=True, dtype="float32", max_num_seqs=MAX_SEQS,
             python=sglang_server.interpreter(), extra=["--custom-weight-loader", *loaders], **options,
         )  # fmt: skip
-        return argv, sglang_server.server_env(cpu=True, tensor_parallel_size=options.get("tensor_parallel_size", 1))
+        env = sglang_server.server_env(
+            cpu=True,
+            cache_root=config.cache.mkdir("path"),
+            tensor_parallel_size=options.get("tensor_parallel_size", 1),
+        )
+        env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(REPOSITORY)])  # of `loader`
+        return argv, env
 
     def client(self, url: str, model_dir: Path, **kwargs: Any) -> HttpEngine:
         return SglangEngine(url, load_architecture(model_dir), **kwargs)

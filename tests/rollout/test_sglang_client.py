@@ -9,6 +9,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -273,6 +274,12 @@ def test_a_server_that_will_not_do_is_refused(
         ask(stub, arch, lambda engine: engine.capabilities())
 
 
+def test_a_server_that_says_less_than_it_should_is_named(stub: Stub, arch: Architecture) -> None:
+    del stub.info["max_req_input_len"]
+    with pytest.raises(EngineBadAnswer, match="/server_info, /model_info: KeyError: 'max_req_input_len'"):
+        ask(stub, arch, lambda engine: engine.capabilities())
+
+
 def test_another_model_or_another_engine_is_refused(stub: Stub, arch: Architecture) -> None:
     stub.model["model_type"] = "llama"
     with pytest.raises(EngineError, match="got a model of type llama, expected qwen3_moe"):
@@ -344,8 +351,11 @@ def test_workers_may_keep_different_parts(stub: Stub, arch: Architecture) -> Non
         {"worker": 0, "boxes": boxes, "unread": unread, "unreached": []},
         {"worker": 1, "boxes": boxes, "unread": [*unread, "model.embed_tokens.weight"], "unreached": ["embed"]},
     ]
-    layout = ask(stub, arch, lambda engine: engine.layout())
+    tied = replace(arch, tie_word_embeddings=True)
+    layout = ask(stub, tied, lambda engine: engine.layout())
     assert [[box.tensor for box in boxes] for boxes in layout] == [["model.norm.weight"]] * 2
+    with pytest.raises(EngineError, match=r"it reads nothing of 1 tensors \(lm_head.weight\), without a word"):
+        ask(stub, arch, lambda engine: engine.layout())
 
 
 def test_a_message_survives_the_wire() -> None:

@@ -1,0 +1,86 @@
+"""Bytes on the wire by hand, and against the plan that the weight sync carries out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_dppo.planner.engine import engine_parallel
+from megatron_dppo.planner.hardware import GPUS
+from megatron_dppo.planner.plan import make_plan
+from megatron_dppo.planner.traffic import LINK_SHARE, step_wires, sync_traffic
+from megatron_dppo.planner.workload import workload_of
+from megatron_dppo.weights.engine_layout import engine_layout
+from megatron_dppo.weights.layout import megatron_layout
+from megatron_dppo.weights.mapping import hub_dtypes
+from megatron_dppo.weights.plan import sync_plan
+from tests.planner.configs import config, shape
+from tests.weights.architectures import LATENT, SMALL
+
+H100 = GPUS["h100"]
+
+
+@pytest.mark.parametrize("arch", [SMALL, LATENT], ids=["grouped", "latent"])
+@pytest.mark.parametrize("engine", [{"tensor": 1}, {"tensor": 2}, {"tensor": 2, "expert_parallel": True}], ids=str)
+def test_sync_has_the_bytes_of_the_plan_that_is_carried_out(arch: Any, engine: dict[str, Any]) -> None:
+    settings = config(
+        parallel={"tensor": 2, "expert": 2, "ranks": 4}, rollout={**engine, "engines": 3}, sync={"bucket_mib": 1}
+    )
+    found = sync_traffic(settings, arch, H100)
+    layout, parallel = settings.parallel.layout, engine_parallel(settings)
+    report = sync_plan(
+        [list(megatron_layout(arch, layout, rank)) for rank in range(4)],
+        [list(engine_layout(arch, parallel, worker)) for worker in range(parallel.workers)],
+        hub_dtypes(arch, "bfloat16"),
+        bucket_bytes=settings.sync.bucket_bytes,
+        instances=3,
+    ).report()
+    assert found.trainer_to_engine_bytes == report.trainer_to_engine_bytes
+    assert found.engine_to_engine_bytes == report.engine_to_engine_bytes
+    assert found.bytes_per_worker == max(report.received_bytes)
+
+
+def test_collectives_of_qwen3_30b_by_hand() -> None:
+    settings = config(training={"recompute": "none"})
+    arch = shape("Qwen3-30B-A3B-Base")
+    wires = step_wires(settings, arch, H100, workload_of(settings))
+    tokens = 1024 * (1024 * 0.25 + 7168 * 0.5) / 4  # of a replica
+    rows = tokens / 4
+    assert wires["tensor"].bytes == pytest.approx(5 * 48 * rows * 2048 * 2 * 3)
+    assert wires["experts"].bytes == pytest.approx(4 * 48 * 8 * rows * 2048 * 2 * 7 / 8)
+    assert wires["experts"].seconds == pytest.approx(wires["experts"].bytes / 450e9 / LINK_SHARE)  # within a node
+    dense, expert = 394_999_808, 3_623_878_656
+    assert wires["gradients"].bytes == pytest.approx(4 * 4 * (dense * 3 / 4 + expert / 2))  # 4 gradient steps
+    assert wires["weights"].bytes * 2 == wires["gradients"].bytes
+    assert wires["context"].bytes == wires["pipeline"].bytes == 0
+
+
+def test_full_recomputation_and_slow_links_take_longer() -> None:
+    arch = shape("Qwen3-30B-A3B-Base")
+    full, none = (make_plan(config(training={"recompute": r}), arch).estimate for r in ("full", "none"))
+    far = make_plan(config(parallel={"expert": 16}), arch).estimate
+    assert full is not None and none is not None and far is not None
+    assert full.time.terms["compute"] == pytest.approx(none.time.terms["compute"] * 4 / 3)
+    assert full.wires["experts"].bytes == pytest.approx(none.wires["experts"].bytes * 6 / 4)
+    assert far.wires["experts"].seconds > 3 * full.wires["experts"].seconds
+
+
+def test_a_pipeline_has_a_bubble_and_virtual_stages_halve_it() -> None:
+    arch = shape("Qwen3-30B-A3B-Base")
+    degrees = {"tensor": 1, "expert": 4, "pipeline": 4}
+    one, two = (make_plan(config(parallel=degrees | {"virtual": v}), arch).estimate for v in (1, 2))
+    assert one is not None and two is not None
+    busy = sum(one.time.terms[kind] for kind in ("compute", "tensor", "experts", "context", "pipeline", "head"))
+    assert one.time.terms["bubble"] == pytest.approx(
+        busy * 3 / workload_of(config(parallel=degrees)).mean_micro_batches
+    )
+    assert two.time.terms["bubble"] < 0.6 * one.time.terms["bubble"]
+
+
+def test_engines_of_others_have_no_sync_and_no_rollout() -> None:
+    arch = shape("Qwen3-30B-A3B-Base")
+    settings = config(rollout={"urls": ["http://far:8000"], "engines": 1, "tensor": 1}, cluster={"engine_nodes": 0})
+    plan = make_plan(settings, arch)
+    assert plan.estimate is not None and plan.estimate.sync is None
+    assert "rollout" not in plan.estimate.time.terms

@@ -1,0 +1,135 @@
+"""A real Slurm of four nodes on this machine, in a directory of its own, on ports that are free.
+
+Its daemons run in the foreground under guards (`processes.py`), so that each is ended with all that it started. What
+runs on a node are descendants of its slurmd's guard: a node is killed by killing those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dppo.processes import Child, free_port, start, stop_on_exit
+
+NODES = ("n1", "n2", "n3", "n4")
+CPUS = 4  # of each node; what is there is shared by all
+READY_S = 60.0
+
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={directory}/munge/socket,cred_expire=5
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool-%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+MpiDefault=none
+SlurmdTimeout=15
+SlurmdParameters=config_overrides
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+# cred_expire is also how long a requeued job waits before it starts again; SlurmdTimeout, until Slurm gives up a node.
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000 State=UNKNOWN\n"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The running daemons, and Slurm's commands."""
+
+    directory: Path
+    slurmd: dict[str, Child]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever calls Slurm's commands."""
+        return {**os.environ, "SLURM_CONF": str(self.directory / "slurm.conf")}
+
+    def run(self, *argv: str) -> str:
+        """The output of one of Slurm's commands."""
+        found = subprocess.run(argv, env=self.environment, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, f"{' '.join(argv)}: {found.stderr}"
+        return found.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says, by name."""
+        words = self.run("scontrol", "-o", "show", "job", number).split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def wait(self, what: Callable[[], bool], seconds: float, described: Callable[[], str]) -> None:
+        """Until `what`; fails with what `described` says."""
+        give_up = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < give_up, f"waited {seconds:.0f} s: {described()}"
+            time.sleep(0.3)
+
+    def kill_node(self, name: str) -> None:
+        """As when its machine loses power: nothing on it runs on, and nobody is told."""
+        for pid in descendants(self.slurmd[name].pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, whatever their group or session."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+@contextlib.contextmanager
+def running_cluster(directory: Path) -> Iterator[Cluster]:
+    """Up with all nodes idle; its daemons, and all that they started, end with the block."""
+    host = socket.gethostname()
+    conf = CONF.format(host=host, directory=directory, port=free_port())
+    conf += "".join(NODE.format(name=name, host=host, port=free_port(), cpus=CPUS) for name in NODES)
+    (directory / "slurm.conf").write_text(conf)
+    for name in ("state", "munge"):
+        (directory / name).mkdir(mode=0o700)
+    key = directory / "munge" / "key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    env = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    munge = [f"--{name}={directory}/munge/{name.partition('-')[0]}" for name in ("key-file", "socket", "pid-file")]
+    munge += [f"--log-file={directory}/munge/log", f"--seed-file={directory}/munge/seed"]
+    with stop_on_exit() as children:
+
+        def run(name: str, *argv: str) -> Child:
+            children.append(start(name, argv, env=env, log_path=directory / f"{name}.log"))
+            return children[-1]
+
+        run("munged", "munged", "--foreground", "--force", *munge)
+        cluster = Cluster(directory, {})
+        cluster.wait((directory / "munge" / "socket").exists, READY_S, lambda: children[0].log_tail())
+        control = run("slurmctld", "slurmctld", "-D", "-c")
+        for name in NODES:
+            cluster.slurmd[name] = run(name, "slurmd", "-D", "-N", name)
+
+        def idle() -> bool:
+            found = subprocess.run(
+                ["sinfo", "-h", "-o", "%D %t"], env=cluster.environment, capture_output=True, text=True, check=False
+            )
+            return found.stdout.strip() == f"{len(NODES)} idle"
+
+        cluster.wait(idle, READY_S, lambda: control.log_tail())
+        yield cluster

@@ -1,0 +1,86 @@
+"""Jobs on several nodes: who runs where; and nodes without Slurm, of which each is this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dppo.config import Config, load_config
+from megatron_dppo.nodes import Node, Seat, divided, engine_seats, named_nodes
+from megatron_dppo.processes import ChildDied, stop_on_exit, supervise
+
+RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+NODES = tuple(Node(f"n{i}", f"10.0.0.{i}") for i in range(1, 5))
+# Writes what it was started with beside its argument; the last rank fails if told to.
+RANK = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE")
+open(sys.argv[1] + os.environ["RANK"], "w").write(json.dumps([os.environ[name] for name in names]))
+if os.environ["RANK"] == os.environ.get("MEGATRON_DPPO_TEST_FAILS"):
+    raise ValueError("this rank says no")
+"""
+# Runs a command on a "node": here.
+ON = '#!/bin/sh\nnode=$1; shift\nNODE=$node exec "$@"\n'
+
+
+def config(*overrides: str) -> Config:
+    return load_config(RECIPE, overrides)
+
+
+def test_trainer_nodes_come_first_and_engines_share_them_where_they_have_none() -> None:
+    assert divided(config("cluster.nodes=2", "cluster.engine_nodes=1"), NODES) == (NODES[:2], NODES[2:3])
+    assert divided(config("cluster.nodes=2"), NODES) == (NODES[:2], NODES[:2])
+    with pytest.raises(ValueError, match="got 4 nodes, expected cluster.nodes [+] cluster.engine_nodes = 5"):
+        divided(config("cluster.nodes=4", "cluster.engine_nodes=1"), NODES)
+
+
+def test_engines_have_gpus_of_their_own() -> None:
+    own = config("cluster.engine_nodes=2", "rollout.engines=3", "rollout.tensor=2")
+    assert engine_seats(own, NODES[2:]) == [Seat(NODES[2], 0), Seat(NODES[3], 0), Seat(NODES[2], 2)]
+    shared = config("cluster.nodes=2", "parallel.ranks=8", "rollout.engines=3", "rollout.tensor=2")
+    assert engine_seats(shared, NODES[:2]) == [Seat(NODES[0], 4), Seat(NODES[1], 4), Seat(NODES[0], 6)]
+
+
+def test_nodes_that_the_environment_names() -> None:
+    wanted = config("cluster.nodes=2", "cluster.engine_nodes=1")
+    found = named_nodes(wanted, {"MEGATRON_DPPO_NODES": "me@a,me@b c", "MEGATRON_DPPO_ON": "ssh"})
+    assert found.trainers == (Node("me@a", "a"), Node("me@b", "b")) and found.engines == (Node("c", "c"),)
+    assert found.host(wanted) == "a"
+    with pytest.raises(ValueError, match="MEGATRON_DPPO_ON: missing"):
+        named_nodes(wanted, {"MEGATRON_DPPO_NODES": "a b c"})
+
+
+@pytest.mark.parametrize("fails", ["", "3"])
+def test_ranks_on_named_nodes(tmp_path: Path, fails: str) -> None:
+    (tmp_path / "some_rank.py").write_text(RANK)
+    on = tmp_path / "on.sh"
+    on.write_text(ON)
+    on.chmod(0o755)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "MEGATRON_DPPO_TEST_FAILS": fails}
+    env |= {"MEGATRON_DPPO_NODES": "a b", "MEGATRON_DPPO_ON": str(on)}
+    wanted = config("cluster.nodes=2", "parallel.ranks=4")
+    nodes = named_nodes(wanted, env)
+    with stop_on_exit() as children:
+        children.extend(nodes.start_ranks("some_rank", wanted, tmp_path / "seen", env=env, logs=tmp_path))
+        if fails:
+            with pytest.raises(ChildDied, match="rank 3 ended with code 1(.|\n)*this rank says no"):
+                supervise(children, until=children)
+            return
+        supervise(children, until=children)
+    seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(4)]
+    assert seen == [[str(rank), str(rank % 2), "4", "a", "ab"[rank // 2]] for rank in range(4)]
+
+
+def test_samples_go_through_the_runs_directory(tmp_path: Path) -> None:
+    wanted = config("cluster.nodes=2", f"run.dir={tmp_path}")
+    nodes = named_nodes(wanted, {"MEGATRON_DPPO_NODES": "a b", "MEGATRON_DPPO_ON": sys.executable})
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "of a job that was killed").touch()
+    with nodes.shared_directory(wanted) as shared:
+        assert shared == tmp_path / "shared" and not list(shared.iterdir())
+        (shared / "batch-0-0.safetensors").touch()
+    assert not shared.exists()
