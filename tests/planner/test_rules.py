@@ -26,7 +26,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"minibatches": 5}}, "training.minibatches: got 5, expected a divisor of rollout.prompts_per_step"),
     ({"training": {"optimizer": "sgd"}}, "parallel.distributed_optimizer: got true, expected false: sgd has no state"),
     ({"head": {"memory_mib": 0.1}}, "head.memory_mib: got 0.1, expected at least"),
-    ({"parallel": {"expert": 1}}, "memory of a rank: pipeline stage 0 needs"),
+    ({"parallel": {"expert": 1}}, "memory of a rank: pipeline stage 0 (ranks 0 to 15) needs"),
     (
         {"rollout": {"tensor": 8}, "cluster": {"engine_nodes": 0}, "parallel": {"ranks": 16}},
         "GiB of h100 that an engine",
