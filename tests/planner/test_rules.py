@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_dppo.planner import rules
+from megatron_dppo.planner.hardware import GPUS
 from megatron_dppo.planner.plan import make_plan
 from tests.planner.configs import config, shape
 
@@ -55,6 +58,16 @@ def test_nothing_is_wrong_with_the_recipe() -> None:
     plan = make_plan(config(), shape(ARCH))
     assert plan.violations == ()
     assert plan.fits
+
+
+def test_norms_of_latents_that_transformer_engine_computes_otherwise() -> None:
+    from megatron_dppo.backend import layers
+
+    assert rules.LATENT_NORM_EPS == layers.LATENT_NORM_EPS
+    odd = replace(shape("DeepSeek-V3"), rms_norm_eps=1e-5)
+    for kind, faults in (("auto", 1), ("torch", 0)):
+        found = rules.violations(config(model={"layers": kind}), odd, GPUS["h200"])
+        assert sum(text.startswith(f"model.layers: got {kind}, expected torch") for text in found) == faults
 
 
 def test_an_engine_that_has_no_room_for_its_weights() -> None:
