@@ -104,7 +104,7 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
         memory = memory_of(config, arch, device, work)
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
-    broken += _too_little_memory(device, memory)
+    broken += _too_little_memory(config, device, memory)
     better = tuple(advice(config, arch, device, work, memory.engine))
     return Plan(
         config, arch, device, work, tuple(broken), better, memory, estimate_of(config, arch, device, work, memory)
@@ -135,8 +135,9 @@ def _processes_per_node(config: Config) -> int:
     return -(-(config.parallel.ranks + engines) // cluster.nodes)
 
 
-def _too_little_memory(device: Device, memory: Memory) -> Iterator[str]:
+def _too_little_memory(config: Config, device: Device, memory: Memory) -> Iterator[str]:
     worst, engine = memory.worst, memory.engine
+    each = config.parallel.ranks // config.parallel.pipeline
     if worst.needed > memory.limit:
         kinds = sorted(worst.by_kind().items(), key=lambda item: -item[1])
         named = ", ".join(
@@ -146,7 +147,8 @@ def _too_little_memory(device: Device, memory: Memory) -> Iterator[str]:
         )
         share = "" if memory.limit == device.memory_bytes else " that an engine leaves"
         yield (
-            f"{MEMORY}a rank: pipeline stage {worst.stage} needs {worst.needed / GIB:.1f} GiB, expected at most the "
+            f"{MEMORY}a rank: pipeline stage {worst.stage} (ranks {worst.stage * each} to "
+            f"{(worst.stage + 1) * each - 1}) needs {worst.needed / GIB:.1f} GiB, expected at most the "
             f"{memory.limit / GIB:.1f} GiB of {device.name}{share} ({named})"
         )
     if engine is not None and not engine.fits:

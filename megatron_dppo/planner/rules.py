@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RolloutConfig
+from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_dppo.config_rules import MACHINE_RULES, SETTING_RULES, Rule, broken_rules
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload
 
+LATENT_NORM_EPS = 1e-6  # backend.layers.LATENT_NORM_EPS, which is not imported: it brings Megatron
 FEW_MICRO_BATCHES = 4  # a pipeline stage: with fewer, more than a fifth of the time is its bubble
 
 
@@ -54,6 +55,15 @@ def _all_devices(
         )
 
 
+def _latent_norms(model: ModelConfig, arch: Architecture, device: Device) -> Iterator[str]:
+    """Transformer Engine's norms of the latents take the model's epsilon, where the models have their own."""
+    if arch.latent and device.is_gpu and model.layers != "torch" and arch.rms_norm_eps != LATENT_NORM_EPS:
+        yield (
+            f"model.layers: got {model.layers}, expected torch: rms_norm_eps is {arch.rms_norm_eps}, and Transformer "
+            f"Engine computes latent attention with {LATENT_NORM_EPS} only"
+        )
+
+
 def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
     """Engines that the engine nodes hold."""
     if rollout.tensor <= cluster.devices_per_node:
@@ -61,7 +71,7 @@ def _room(cluster: ClusterConfig, rollout: RolloutConfig) -> int:
     return cluster.engine_nodes // -(-rollout.tensor // cluster.devices_per_node)
 
 
-PLANNER_RULES: tuple[Rule, ...] = (_within_node, _all_devices)
+PLANNER_RULES: tuple[Rule, ...] = (_within_node, _all_devices, _latent_norms)
 
 
 def advice(

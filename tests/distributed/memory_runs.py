@@ -42,7 +42,7 @@ class MemoryRun:
     parallel: Parallel = Parallel()
     length: int = 512
     samples: int = 2
-    micro_batches: int = 2
+    micro_batches: int = 1
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def config(self) -> Config:
@@ -76,7 +76,7 @@ CALIBRATION = {
     "base": MemoryRun(BASE),
     "four experts a token": MemoryRun(BASE | {"top_k": 4, "vocab_size": 1024}),
     "recomputed, head in chunks": MemoryRun(
-        BASE | {"num_layers": 4, "top_k": 4},
+        BASE | {"num_layers": 3, "top_k": 4},
         sections={  # gloo's reduce-scatter would need more than a layer's backward
             "training": {"recompute": "full"},
             "head": {"memory_mib": 2},
@@ -86,10 +86,10 @@ CALIBRATION = {
 }
 CHECKS = {
     "hidden x 2": MemoryRun(BASE | {"hidden_size": 512}),
-    "layers x 3": MemoryRun(BASE | {"num_layers": 6}),
+    "layers x 2": MemoryRun(BASE | {"num_layers": 4}),
     "sequence x 2": MemoryRun(BASE, length=1024),
     "TP 2, EP 2": MemoryRun(BASE, parallel=Parallel(tensor=2, expert=2, ranks=2)),
-    "PP 2": MemoryRun(BASE | {"num_layers": 4}, parallel=Parallel(pipeline=2, ranks=2), micro_batches=4),
+    "PP 2": MemoryRun(BASE | {"num_layers": 4}, parallel=Parallel(pipeline=2, ranks=2), micro_batches=3),
 }
 OTHERS = {  # what the constants were never looked at for
     "CP 2": MemoryRun(BASE, parallel=Parallel(context=2, ranks=2), length=1024),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.memory_runs import CALIBRATION, CHECKS, OTHERS, planned, traced
+from tests.distributed.memory_runs import CALIBRATION, CHECKS, planned, traced
 from tests.distributed.rank_pool import RankPool
 
 
-@pytest.mark.parametrize("name", [*CALIBRATION, *CHECKS, *OTHERS])
+@pytest.mark.parametrize("name", [*CALIBRATION, *CHECKS])
 def test_peaks_are_as_planned(ranks: RankPool, name: str, tmp_path: Path) -> None:
     """The constants were frozen on the first three; a plan is within a tenth of the trace on all."""
-    run = (CALIBRATION | CHECKS | OTHERS)[name]
+    run = (CALIBRATION | CHECKS)[name]
     found = traced(ranks, run, tmp_path)
     expected = [memory.peak for memory in planned(run, tmp_path)]
     assert expected == pytest.approx(found, rel=0.1)

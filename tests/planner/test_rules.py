@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_dppo.planner import rules
+from megatron_dppo.planner.hardware import GPUS
 from megatron_dppo.planner.plan import make_plan
 from tests.planner.configs import config, shape
 
@@ -26,7 +29,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"minibatches": 5}}, "training.minibatches: got 5, expected a divisor of rollout.prompts_per_step"),
     ({"training": {"optimizer": "sgd"}}, "parallel.distributed_optimizer: got true, expected false: sgd has no state"),
     ({"head": {"memory_mib": 0.1}}, "head.memory_mib: got 0.1, expected at least"),
-    ({"parallel": {"expert": 1}}, "memory of a rank: pipeline stage 0 needs"),
+    ({"parallel": {"expert": 1}}, "memory of a rank: pipeline stage 0 (ranks 0 to 15) needs"),
     (
         {"rollout": {"tensor": 8}, "cluster": {"engine_nodes": 0}, "parallel": {"ranks": 16}},
         "GiB of h100 that an engine",
@@ -55,6 +58,16 @@ def test_nothing_is_wrong_with_the_recipe() -> None:
     plan = make_plan(config(), shape(ARCH))
     assert plan.violations == ()
     assert plan.fits
+
+
+def test_norms_of_latents_that_transformer_engine_computes_otherwise() -> None:
+    from megatron_dppo.backend import layers
+
+    assert rules.LATENT_NORM_EPS == layers.LATENT_NORM_EPS
+    odd = replace(shape("DeepSeek-V3"), rms_norm_eps=1e-5)
+    for kind, faults in (("auto", 1), ("torch", 0)):
+        found = rules.violations(config(model={"layers": kind}), odd, GPUS["h200"])
+        assert sum(text.startswith(f"model.layers: got {kind}, expected torch") for text in found) == faults
 
 
 def test_an_engine_that_has_no_room_for_its_weights() -> None:
