@@ -67,7 +67,7 @@ def test_the_signal_reaches_the_run_and_the_job_is_requeued_after_it(environment
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=20)
     assert output.startswith("saved\n") and "scontrol: requeue 7\n" in output
-    assert job.returncode == 75  # this scontrol did not
+    assert job.returncode == 75  # what is left where Slurm refused
 
 
 def test_site_setup_is_run_and_its_failure_is_the_jobs(environment: dict[str, str], tmp_path: Path) -> None:

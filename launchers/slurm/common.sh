@@ -30,8 +30,11 @@ train_and_requeue() {
     done
     if [ "$code" -eq 75 ]; then
         echo "job $SLURM_JOB_ID goes back into the queue, $(date)"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this shell
-        echo "could not be requeued: submit it again with resume=auto" >&2
+        if scontrol requeue "$SLURM_JOB_ID"; then
+            sleep 60 # Slurm ends this shell
+        else
+            echo "could not be requeued: submit it again with resume=auto" >&2
+        fi
     fi
     return "$code"
 }

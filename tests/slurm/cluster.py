@@ -42,7 +42,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 MpiDefault=none
-SlurmdTimeout=15
+SlurmdTimeout=10
+SchedulerParameters=sched_interval=5,bf_interval=5
 SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -56,6 +57,7 @@ class Cluster:
 
     directory: Path
     slurmd: dict[str, Child]
+    start: Callable[..., Child]  # of a daemon, which ends with the cluster
 
     @property
     def environment(self) -> dict[str, str]:
@@ -85,6 +87,20 @@ class Cluster:
         for pid in descendants(self.slurmd[name].pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, name: str) -> None:
+        """A node's daemon, for the first time or again."""
+        self.slurmd[name] = self.start(name, "slurmd", "-D", "-N", name)
+
+    def wait_until_idle(self) -> None:
+        """All nodes are there and have nothing to do."""
+
+        def idle() -> bool:
+            argv = ["sinfo", "-h", "-o", "%D %t"]
+            found = subprocess.run(argv, env=self.environment, capture_output=True, text=True, check=False)
+            return found.stdout.strip() == f"{len(NODES)} idle"
+
+        self.wait(idle, READY_S, lambda: (self.directory / "slurmctld.log").read_text()[-2000:])
 
 
 def descendants(pid: int) -> list[int]:
@@ -119,17 +135,10 @@ def running_cluster(directory: Path) -> Iterator[Cluster]:
             return children[-1]
 
         run("munged", "munged", "--foreground", "--force", *munge)
-        cluster = Cluster(directory, {})
+        cluster = Cluster(directory, {}, run)
         cluster.wait((directory / "munge" / "socket").exists, READY_S, lambda: children[0].log_tail())
-        control = run("slurmctld", "slurmctld", "-D", "-c")
+        run("slurmctld", "slurmctld", "-D", "-c")
         for name in NODES:
-            cluster.slurmd[name] = run(name, "slurmd", "-D", "-N", name)
-
-        def idle() -> bool:
-            found = subprocess.run(
-                ["sinfo", "-h", "-o", "%D %t"], env=cluster.environment, capture_output=True, text=True, check=False
-            )
-            return found.stdout.strip() == f"{len(NODES)} idle"
-
-        cluster.wait(idle, READY_S, lambda: control.log_tail())
+            cluster.start_node(name)
+        cluster.wait_until_idle()
         yield cluster
