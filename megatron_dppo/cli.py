@@ -7,7 +7,7 @@ to stop by SIGUSR1 (a checkpoint was saved, `resume=auto` goes on), 130 interrup
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from megatron_dppo.config import Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.config import ClusterConfig, Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.config_rules import RULES, Rule, submission_rules
 from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
 FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
@@ -126,11 +127,16 @@ def plan(
         raise typer.Exit(CONFIG_FAULT)
 
 
-def _load(path: Path, overrides: list[str] | None, adapt: Callable[[Config], Config] = lambda config: config) -> Config:
+def _load(
+    path: Path,
+    overrides: list[str] | None,
+    adapt: Callable[[Config], Config] = lambda config: config,
+    rules: Callable[[ClusterConfig], Sequence[Rule]] = lambda _: RULES,
+) -> Config:
     """The recipe as `adapt` makes it, checked; a fault in it is the command's end."""
     try:
         config = adapt(load_config(path, overrides or []))
-        validate_or_raise(config)
+        validate_or_raise(config, rules(config.cluster))
     except ConfigError as error:
         _refuse(error)
     return config
@@ -178,7 +184,7 @@ def launch_slurm(
 
     The recipe is checked first: exit code 2 where it is at fault, and nothing is submitted.
     """
-    resolved = _load(config, overrides)
+    resolved = _load(config, overrides, rules=submission_rules)
     if faults := list(faults_of(resolved, kind)):
         _refuse(ConfigError(f"{config} as a job of kind {kind}", faults))
     with _user_errors("launch slurm"):

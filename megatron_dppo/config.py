@@ -406,14 +406,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), rules: Sequence
     raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw), rules))
 
 
-def check_config(config: Config) -> list[str]:
+def check_config(config: Config, rules: Sequence[Rule] = RULES) -> list[str]:
     """Every fault that the types cannot see: between fields, of files, of the model and its tokenizer."""
-    return broken_rules({name: getattr(config, name) for name in Config.model_fields})
+    return broken_rules({name: getattr(config, name) for name in Config.model_fields}, rules)
 
 
-def validate_or_raise(config: Config) -> None:
+def validate_or_raise(config: Config, rules: Sequence[Rule] = RULES) -> None:
     """Raises ConfigError naming every fault of `check_config`."""
-    faults = check_config(config)
+    faults = check_config(config, rules)
     if faults:
         raise ConfigError(f"config of run {config.run.name!r}", faults)
 

@@ -52,12 +52,10 @@ VLLM_CPU_LATENT_SIZE = 576
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def broken_rules(
-    sections: Mapping[str, Any], rules: Sequence[Rule] | None = None, arch: Architecture | None = None
-) -> list[str]:
+def broken_rules(sections: Mapping[str, Any], rules: Sequence[Rule], arch: Architecture | None = None) -> list[str]:
     """One line for every broken rule among the given sections of a config (name -> section). Reads files.
 
-    `rules`: all, unless given. `arch`: the model's numbers, where they are not to be read from `model.path`.
+    `arch`: the model's numbers, where they are not to be read from `model.path`.
     """
     known = dict(sections)
     faults: list[str] = []
@@ -72,7 +70,7 @@ def broken_rules(
             faults.append(f"model.path: {known['model'].path}/config.json has no {error.args[0]!r}")
         except ValueError as error:
             faults.append(f"model.path: {known['model'].path}: {error}")
-    for rule in RULES if rules is None else rules:
+    for rule in rules:
         wanted = inspect.signature(rule).parameters
         if wanted.keys() <= known.keys():
             try:
@@ -484,3 +482,13 @@ SETTING_RULES: tuple[Rule, ...] = (
 )
 MACHINE_RULES: tuple[Rule, ...] = (_engine, _layers, _offload_device)  # of the machine that this runs on
 RULES: tuple[Rule, ...] = (*FILE_RULES, *MACHINE_RULES, *SETTING_RULES, _reference_model)
+
+
+def machine_rules(cluster: ClusterConfig) -> tuple[Rule, ...]:
+    """Those of the machine that this runs on, where it speaks for the job's: a login node has none of its GPUs."""
+    return MACHINE_RULES if cluster.device in ("auto", "cpu") else ()
+
+
+def submission_rules(cluster: ClusterConfig) -> tuple[Rule, ...]:
+    """What can be said of a job before it runs on its machines."""
+    return (*FILE_RULES, *machine_rules(cluster), *SETTING_RULES, _reference_model)

@@ -24,7 +24,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], int]
         module = ModuleType("megatron_dppo.launch")
         module.launch = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "megatron_dppo.launch", module)
-        monkeypatch.setattr(config_module, "check_config", lambda config: [])
+        monkeypatch.setattr(config_module, "check_config", lambda *_: [])
 
     return use
 

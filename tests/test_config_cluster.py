@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dppo.config import load_config
-from megatron_dppo.config_rules import broken_rules
+from megatron_dppo.config_rules import RULES, broken_rules
 from megatron_dppo.launch import with_transport
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -61,7 +61,7 @@ SIXTEEN = ["cluster.nodes=2", "parallel.ranks=16", H100]
 def test_rules(overrides: list[str], fault: str | None) -> None:
     config = load_config(RECIPE, overrides)
     sections = {name: getattr(config, name) for name in ("parallel", "cluster", "rollout", "sync")}
-    assert broken_rules(sections) == ([] if fault is None else [fault])
+    assert broken_rules(sections, RULES) == ([] if fault is None else [fault])
 
 
 def test_weights_go_by_group_between_machines() -> None:

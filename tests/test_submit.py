@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from megatron_dppo import config as config_module
 from megatron_dppo.cli import app
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config, check_config, load_config
+from megatron_dppo.config_rules import submission_rules
 from megatron_dppo.submit import LAUNCHERS, Kind, Submission, faults_of, site_variables, submission
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -88,7 +89,7 @@ def test_scripts_are_shell(script: Path) -> None:
 @pytest.fixture
 def good_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe passes without its input files."""
-    monkeypatch.setattr(config_module, "check_config", lambda config: [])
+    monkeypatch.setattr(config_module, "check_config", lambda *_: [])
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,14 @@ def test_a_bad_config_is_refused_before_slurm_is_asked(monkeypatch: pytest.Monke
     result = CliRunner().invoke(app, ["launch", "slurm", str(RECIPE), "cluster.nodes=3", "checkpoint.every=5"])
     assert result.exit_code == 2
     assert "cluster.nodes: got 3, expected a divisor of parallel.ranks 2" in result.stderr
+
+
+@pytest.mark.parametrize(("device", "submitted_from_here"), [("h100", True), ("auto", False)])
+def test_a_login_node_need_not_have_the_gpus_of_the_nodes(device: str, submitted_from_here: bool) -> None:
+    recipe = config("model.layers=transformer_engine", f"cluster.device={device}")
+    fault = "model.layers: got transformer_engine, expected auto or torch: there is none, or no GPU"
+    assert fault in check_config(recipe)
+    assert (fault not in check_config(recipe, submission_rules(recipe.cluster))) == submitted_from_here
 
 
 @pytest.mark.usefixtures("good_config")

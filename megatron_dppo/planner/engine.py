@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, longest_sequence
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import ITEMSIZE
 from megatron_dppo.planner.workload import shares_devices, transport_of
@@ -55,8 +55,8 @@ def engine_memory(config: Config, arch: Architecture, device: Device) -> EngineM
     budget = round(device.memory_bytes * (SHARED_SHARE if shared else ENGINE_SHARE))
     # On a CPU the cache has its own setting, beside the weights.
     cache = budget - weights - staging - forward if device.is_gpu else rollout.kv_cache_gib * GIB
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    return EngineMemory(weights, staging, forward, budget, kv, max(cache, 0), max(cache, 0) // (kv * longest), shared)
+    sequences = max(cache, 0) // (kv * longest_sequence(config))
+    return EngineMemory(weights, staging, forward, budget, kv, max(cache, 0), sequences, shared)
 
 
 def engine_parallel(config: Config) -> EngineParallel:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
-from megatron_dppo.config_rules import MACHINE_RULES, SETTING_RULES, Rule, broken_rules
+from megatron_dppo.config_rules import SETTING_RULES, Rule, broken_rules, machine_rules
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload
@@ -22,8 +22,7 @@ FEW_MICRO_BATCHES = 4  # a pipeline stage: with fewer, more than a fifth of the 
 def violations(config: Config, arch: Architecture, device: Device) -> list[str]:
     """Every broken rule of the settings, of the cluster and, where the device is this machine's, of the machine."""
     sections = {name: getattr(config, name) for name in Config.model_fields} | {"device": device}
-    machine = MACHINE_RULES if config.cluster.device == "auto" else ()
-    return broken_rules(sections, (*machine, *SETTING_RULES, *PLANNER_RULES), arch)
+    return broken_rules(sections, (*machine_rules(config.cluster), *SETTING_RULES, *PLANNER_RULES), arch)
 
 
 def _within_node(parallel: ParallelConfig, cluster: ClusterConfig, device: Device) -> Iterator[str]:

@@ -9,8 +9,7 @@ import pytest
 
 from megatron_dppo.config import load_config
 from megatron_dppo.cut import write_cut
-
-plan_recipe = pytest.importorskip("megatron_dppo.planner.plan").plan_recipe
+from megatron_dppo.planner.plan import plan_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name != "quickstart.yaml"]
