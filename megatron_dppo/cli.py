@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from megatron_dppo.config import ClusterConfig, Config, ConfigError, load_config, validate_or_raise
+from megatron_dppo.config import ClusterConfig, Config
+from megatron_dppo.config_loading import ConfigError, load_config, validate_or_raise
 from megatron_dppo.config_rules import RULES, Rule, submission_rules
 from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.config_cluster_rules import CLUSTER_RULES
-from megatron_dppo.config_file_rules import FILE_RULES, few
+from megatron_dppo.config_file_rules import FILE_RULES
+from megatron_dppo.config_rollout_rules import ENGINE_MACHINE_RULES, ROLLOUT_RULES
 from megatron_dppo.data.prompts import PLACE
-from megatron_dppo.weights.engine_layout import EngineParallel, indivisible
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.mapping import hub_shapes
 
@@ -41,15 +39,11 @@ if TYPE_CHECKING:
         ParallelConfig,
         RolloutConfig,
         RoutingConfig,
-        SyncConfig,
         TrainingConfig,
     )
 
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
 Rule = Callable[..., Iterator[str]]
-VLLM_CPU_LATENT_SIZE = 576
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def broken_rules(sections: Mapping[str, Any], rules: Sequence[Rule], arch: Architecture | None = None) -> list[str]:
@@ -167,81 +161,6 @@ def _evaluation(evaluation: EvaluationConfig) -> Iterator[str]:
                 yield f"evaluation.{name}: got {got}, which evaluation.sampled false does not use"
     if evaluation.target_accuracy is not None and not evaluation.every:
         yield "evaluation.every: got 0, expected more: evaluation.target_accuracy needs it"
-
-
-def _sampling(rollout: RolloutConfig) -> Iterator[str]:
-    """Training knows mu only where sampling did not cut the distribution."""
-    reason = "the trainer cannot reproduce the log-probs of a truncated distribution"
-    if rollout.top_p != 1.0:
-        yield f"rollout.top_p: got {rollout.top_p}, expected 1.0: {reason}"
-    if rollout.top_k != -1:
-        yield f"rollout.top_k: got {rollout.top_k}, expected -1: {reason}"
-    for url in rollout.urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"rollout.urls: got {url!r}, expected an address such as http://127.0.0.1:8000"
-
-    if len(set(rollout.urls)) < len(rollout.urls):
-        yield "rollout.urls: got an address twice, expected each engine once"
-
-
-def _transport(rollout: RolloutConfig, sync: SyncConfig, cluster: ClusterConfig) -> Iterator[str]:
-    """Shared memory is one machine's."""
-    far = [url for url in rollout.urls if not is_local(url)]
-    if sync.transport in ("shm", "ipc") and (far or cluster.machines > 1):
-        reason = f"{few(far)} is on another machine" if far else f"the job has {cluster.machines} machines"
-        yield f"sync.transport: got {sync.transport}, expected group or disk: {reason}"
-    if sync.transport == "disk" and far and sync.dir is None:
-        yield f"sync.dir: missing, {few(far)} must see it too"
-
-
-def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
-    """An engine that this job starts can split the model."""
-    if rollout.urls:
-        for name in ("engines", "tensor", "expert_parallel"):
-            if (got := getattr(rollout, name)) != type(rollout).model_fields[name].default:
-                yield f"rollout.{name}: got {got}, which engines of rollout.urls do not heed"
-        return
-    tensor = rollout.tensor
-    for fault in indivisible(arch, EngineParallel(tensor=tensor, expert_parallel=rollout.expert_parallel)):
-        yield fault.replace("engine.tensor x data", "rollout.tensor").replace("engine.tensor", "rollout.tensor")
-    if rollout.expert_parallel and (tensor == 1 or not arch.is_moe):
-        yield "rollout.expert_parallel: got true, expected false: there is nothing to divide" + (
-            " (rollout.tensor is 1)" if arch.is_moe else " (the model has no experts)"
-        )
-
-
-def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
-    """The engine that this job starts can compute the model here, where that is on the CPU."""
-    from megatron_dppo.rollout.engines import runs_on_cpu
-
-    if rollout.urls or not runs_on_cpu(rollout.engine):
-        return
-    if rollout.engine == "sglang":
-        if arch.latent is not None:
-            yield "rollout.engine: got sglang, expected vllm: SGLang computes latent attention on GPUs only"
-        if rollout.expert_parallel:
-            yield "rollout.expert_parallel: got true, expected false: SGLang spreads experts over GPUs only"
-    elif arch.latent is not None:
-        cached = arch.latent.kv_lora_rank + arch.latent.qk_rope_head_dim
-        if cached != VLLM_CPU_LATENT_SIZE:
-            yield (
-                f"model.path: got kv_lora_rank + qk_rope_head_dim = {cached}, expected what vLLM computes on CPU: "
-                f"{VLLM_CPU_LATENT_SIZE}"
-            )
-    elif arch.head_dim not in VLLM_CPU_HEAD_SIZES:
-        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
-        yield f"model.path: got head_dim {arch.head_dim}, expected one that vLLM computes on CPU: {sizes}"
-
-
-def _engine_model(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
-    """The engine computes the same model."""
-    if rollout.engine == "sglang" and arch.model_type == "qwen3_moe" and not all(arch.moe_layers):
-        yield (
-            "rollout.engine: got sglang, expected vllm: SGLang gives experts to all layers of a Qwen3-MoE model, of "
-            f"which this one has them in {sum(arch.moe_layers)} of {arch.num_layers} (mlp_only_layers, "
-            "decoder_sparse_step)"
-        )
 
 
 def _advantage_groups(rollout: RolloutConfig) -> Iterator[str]:
@@ -447,24 +366,16 @@ def _top_k(objective: ObjectiveConfig, rollout: RolloutConfig, arch: Architectur
         yield f"rollout.log_topk: got {rollout.log_topk}, expected 0: {objective.name} records its own {top_k}"
 
 
-def is_local(url: str) -> bool:
-    """Whether an engine's address is of this machine."""
-    return urlsplit(url).hostname in LOCAL_HOSTS
-
-
 # Of the settings among themselves and against the model's numbers: what can be said of a job before its files and its
 # machines are at hand.
 SETTING_RULES: tuple[Rule, ...] = (
-    _engine_model,
     _ranks,
     *CLUSTER_RULES,
     _layout,
     _lora,
     _templates,
     _evaluation,
-    _sampling,
-    _transport,
-    _engine_layout,
+    *ROLLOUT_RULES,
     _advantage_groups,
     _lengths,
     _micro_batch,
@@ -480,7 +391,7 @@ SETTING_RULES: tuple[Rule, ...] = (
     _objective,
     _top_k,
 )
-MACHINE_RULES: tuple[Rule, ...] = (_engine, _layers, _offload_device)  # of the machine that this runs on
+MACHINE_RULES: tuple[Rule, ...] = (*ENGINE_MACHINE_RULES, _layers, _offload_device)  # of the machine that this runs on
 RULES: tuple[Rule, ...] = (*FILE_RULES, *MACHINE_RULES, *SETTING_RULES, _reference_model)
 
 

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig, load_config
+from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control
 from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.launch import job, run_directory

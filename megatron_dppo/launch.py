@@ -22,8 +22,9 @@ from rich.console import Console
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.checkpoints import DIRECTORY, check_resumable, complete_checkpoints, read_state, start_of
-from megatron_dppo.config import Config, objective_of, save_config
-from megatron_dppo.config_rules import is_local
+from megatron_dppo.config import Config, objective_of
+from megatron_dppo.config_loading import save_config
+from megatron_dppo.config_rollout_rules import is_local
 from megatron_dppo.control import (
     BACKEND_KEY,
     CONTROL_VARIABLE,

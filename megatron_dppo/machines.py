@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dppo.config import Config
-from megatron_dppo.config_rules import is_local
+from megatron_dppo.config_rollout_rules import is_local
 from megatron_dppo.control import Control
 from megatron_dppo.processes import Child, free_port, start
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of

@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders
 from megatron_dppo.launch import job, run_directory
 from megatron_dppo.processes import supervise

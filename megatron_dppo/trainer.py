@@ -38,7 +38,8 @@ from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.backend.replay import LayerRoutes, Routes
 from megatron_dppo.backend.step import Sums, as_taken, compared_routes, loss_pass, recorded_routes, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
-from megatron_dppo.config import Config, load_config, num_recorded_topk, objective_of, reference_kl_of
+from megatron_dppo.config import Config, num_recorded_topk, objective_of, reference_kl_of
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.metrics import Laps, MetricsWriter

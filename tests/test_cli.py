@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from megatron_dppo import config as config_module
+from megatron_dppo import config_loading
 from megatron_dppo.cli import app
 from megatron_dppo.config import Config
 
@@ -24,7 +24,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], int]
         module = ModuleType("megatron_dppo.launch")
         module.launch = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "megatron_dppo.launch", module)
-        monkeypatch.setattr(config_module, "check_config", lambda *_: [])
+        monkeypatch.setattr(config_loading, "check_config", lambda *_: [])
 
     return use
 

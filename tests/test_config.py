@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dppo.config import (
-    Config,
-    ConfigError,
-    check_config,
-    load_config,
-    save_config,
-    validate_or_raise,
-)
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import ConfigError, check_config, load_config, save_config, validate_or_raise
 from megatron_dppo.data.addition import build_tokenizer, write_problems
 
 LATENT = {

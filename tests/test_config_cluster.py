@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import load_config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.config_rules import RULES, broken_rules
 from megatron_dppo.launch import with_transport
 

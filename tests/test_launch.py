@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import load_config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.launch import machines_of, run_directory
 from megatron_dppo.machines import ThisMachine, shared_directory
 from megatron_dppo.nodes import NamedNodes

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.nodes import Node, Seat, divided, engine_seats, named_nodes
 from megatron_dppo.processes import ChildDied, stop_on_exit, supervise
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.nodes import Node, python
 from megatron_dppo.slurm import allocation, failed_rank_log, nodes_of, step_command
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_dppo import config as config_module
+from megatron_dppo import config_loading
 from megatron_dppo.cli import app
-from megatron_dppo.config import Config, check_config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import check_config, load_config
 from megatron_dppo.config_rules import submission_rules
 from megatron_dppo.submit import LAUNCHERS, Kind, Submission, faults_of, site_variables, submission
 
@@ -89,7 +90,7 @@ def test_scripts_are_shell(script: Path) -> None:
 @pytest.fixture
 def good_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe passes without its input files."""
-    monkeypatch.setattr(config_module, "check_config", lambda *_: [])
+    monkeypatch.setattr(config_loading, "check_config", lambda *_: [])
 
 
 @pytest.mark.parametrize(

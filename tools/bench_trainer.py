@@ -38,7 +38,8 @@ from megatron_dppo.backend import step as backend_step
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
 from megatron_dppo.backend.parallel import Rank, finalise_parallel, initialise_parallel
-from megatron_dppo.config import Config, objective_of, save_config
+from megatron_dppo.config import Config, objective_of
+from megatron_dppo.config_loading import save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Inbox, Orders
 from megatron_dppo.data.packing import imbalance, plan_step
 from megatron_dppo.data.prompts import Prompt

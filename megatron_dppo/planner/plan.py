@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config, ConfigError, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import ConfigError, load_config
 from megatron_dppo.config_rules import SETTING_RULES
 from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of

@@ -21,7 +21,8 @@ import numpy as np
 
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
 from megatron_dppo.checkpoints import queued_batches, start_of
-from megatron_dppo.config import Config, load_config, longest_sequence, num_recorded_topk
+from megatron_dppo.config import Config, longest_sequence, num_recorded_topk
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
     ENGINE_URLS_VARIABLE,

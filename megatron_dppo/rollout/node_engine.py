@@ -10,7 +10,8 @@ import os
 import sys
 from typing import NoReturn
 
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, engine_url_key
 from megatron_dppo.machines import visible_gpus
 from megatron_dppo.processes import GRACE_S, become_guarded, free_port

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.config import Config, load_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.cut import write_cut
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
 from megatron_dppo.weights.layout import Parallel

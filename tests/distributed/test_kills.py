@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from megatron_dppo.checkpoints import complete_checkpoints, queued_batches, start_of
-from megatron_dppo.config import Config, save_config
+from megatron_dppo.config import Config
+from megatron_dppo.config_loading import save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, reply_key
 from megatron_dppo.launch import with_checkpoint
 from megatron_dppo.machines import start_ranks

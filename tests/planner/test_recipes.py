@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import load_config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.cut import write_cut
 from megatron_dppo.planner.plan import plan_recipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config import load_config
+from megatron_dppo.config_loading import load_config
 from megatron_dppo.nodes import Node
 from megatron_dppo.processes import ChildDied, supervise
 from megatron_dppo.slurm import Allocation
