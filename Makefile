@@ -16,6 +16,9 @@ ARGS   ?=
 SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
 	tests/engines/test_job.py -k "test_sglang or test_engine_contract or ranks_have or weights_differ or group-rollout"
 
+# An engine starts on one core. Tests that share a server stay together (tests/engines/conftest.py).
+TWO_SERVERS := -n 2 --dist loadgroup
+
 # Kept whatever the environment says: without it every process compiles all that it imports, for seven more seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -67,10 +70,10 @@ test-dist: $(STAMP)  ## Several ranks over gloo
 	$(PYTEST) tests/distributed $(ARGS)
 
 test-engines: $(STAMP)  ## Real rollout engines
-	$(PYTEST) tests/engines $(ARGS)
+	$(PYTEST) tests/engines $(TWO_SERVERS) $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)  ## The same on a real SGLang server
-	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(ARGS)
+	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(TWO_SERVERS) $(ARGS)
 
 test-slurm: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Jobs on a real Slurm of four nodes on this machine; as root
 	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons want root, this is $$(id -un)" >&2; exit 1; }
