@@ -23,6 +23,7 @@ from tests.docs.blocks import (
     commands,
     linked_pages,
     links,
+    page_blocks,
 )
 
 RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
@@ -147,8 +148,11 @@ def wrong_links(markdown: str, page: Path = REPOSITORY / "docs" / "page.md") -> 
 
 
 def wrong_fences(markdown: str) -> Iterator[str]:
-    """Words after a fence that say nothing about who runs the block."""
-    for block in blocks(markdown, "page"):
+    """Words after a fence that say nothing about who runs the block; fences that open or close none."""
+    found = blocks(markdown, "page")
+    if markdown.count("```") != 2 * len(found):
+        yield f"{markdown.count('```')} fences for {len(found)} blocks"
+    for block in found:
         if not INFOS.fullmatch(block.info):
             yield f"{block.where}: a block {block.info!r}"
 
@@ -161,6 +165,14 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     markdown = page.read_text()
     found = [fault for check in CHECKS for fault in check(markdown)] + list(wrong_links(markdown, page))
     assert found == []
+
+
+def test_every_task_has_commands_that_are_run() -> None:
+    tasks = INDEX.read_text().partition("**Tasks**")[2].partition("**Reference**")[0]
+    pages = [INDEX.parent / link for link in links(tasks)]
+    assert len(pages) >= 7  # train, convert, choose a layout, metrics, a mismatch, a model, an objective
+    idle = [page.name for page in pages if not any(block.info.startswith("sh") for block in page_blocks(page))]
+    assert idle == []
 
 
 def test_the_index_has_every_page() -> None:
@@ -187,6 +199,7 @@ def test_the_index_has_every_page() -> None:
         (wrong_links, "[a](recipes.md#evaluations)", "link to recipes.md#evaluations: no such heading"),
         (wrong_links, "# One thing\n[a](#two-things)", "link to #two-things: no such heading"),
         (wrong_fences, "```shell\ntrue\n```\n", "page:1: a block 'shell'"),
+        (wrong_fences, "- one\n  ```sh\n  true\n  ```\n", "2 fences for 0 blocks"),
     ],
 )
 def test_what_is_not_there_is_found(check: Callable[[str], Iterator[str]], markdown: str, fault: str) -> None:
