@@ -103,13 +103,12 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
         config.parallel.layout  # noqa: B018 - raises where ranks do not divide
         work = workload_of(config)
         memory = memory_of(config, arch, device, work)
+        estimate = estimate_of(config, arch, device, work, memory)
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
     broken += _too_little_memory(config, device, memory)
     better = tuple(advice(config, arch, device, work, memory.engine))
-    return Plan(
-        config, arch, device, work, tuple(broken), better, memory, estimate_of(config, arch, device, work, memory)
-    )
+    return Plan(config, arch, device, work, tuple(broken), better, memory, estimate)
 
 
 def memory_of(config: Config, arch: Architecture, device: Device, work: Workload) -> Memory:

@@ -48,6 +48,12 @@ def test_a_recipe_that_fits(recipe: Path) -> None:
     assert found["engine"]["fits"]
 
 
+def test_an_objective_that_cannot_be_is_a_violation(recipe: Path) -> None:
+    result, found = run(recipe, "objective.name=cispo", "objective.delta=0.2")
+    assert result.exit_code == 2
+    assert found["violations"] == ["objective: cispo: got delta, which it does not use, expected cap"]
+
+
 def test_one_that_does_not_says_why_and_what_would(recipe: Path) -> None:
     result, found = run(recipe, "training.recompute=none", "training.micro_batch_tokens=32768", "head.path=store")
     assert (result.exit_code, found["fits"]) == (2, False)
