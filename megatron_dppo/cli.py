@@ -19,6 +19,7 @@ import typer
 from megatron_dppo.config import ClusterConfig, Config
 from megatron_dppo.config_loading import ConfigError, load_config, validate_or_raise
 from megatron_dppo.config_rules import RULES, Rule, submission_rules
+from megatron_dppo.places import rules_of_job
 from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
 FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
@@ -38,7 +39,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 @app.command()
 def train(config: Recipe, overrides: Overrides = None) -> None:
     """Train a model as the recipe CONFIG says."""
-    resolved = _load(config, overrides)
+    resolved = _load(config, overrides, rules=rules_of_job)
     from megatron_dppo.launch import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
@@ -81,7 +82,7 @@ def evaluate(
     """Measure the accuracy of CONFIG's model on its held-out prompts, without training: engines alone."""
     from megatron_dppo.evaluate import evaluate_model, for_evaluation, print_evaluation
 
-    resolved = _load(config, overrides, for_evaluation)
+    resolved = _load(config, overrides, for_evaluation, rules_of_job)
     from rich.console import Console
 
     console = Console(soft_wrap=True)
@@ -165,7 +166,8 @@ def launch_slurm(
     kind: Annotated[
         Kind,
         typer.Option(
-            help="train: trainer and engines; trainer: with engines of rollout.urls; convert: the newest checkpoint."
+            help="train: trainer and engines; trainer: with engines of rollout.urls; evaluate: engines alone; "
+            "convert: the newest checkpoint."
         ),
     ] = Kind.train,
     time: Annotated[

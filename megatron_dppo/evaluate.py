@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig
+from megatron_dppo.config_cluster_rules import gpus_per_machine
 from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control
 from megatron_dppo.data.rewards import MathAnswer, make_reward
@@ -25,7 +26,6 @@ from megatron_dppo.metrics import write_summary
 from megatron_dppo.processes import supervise
 from megatron_dppo.rollout.client import connect_engines
 from megatron_dppo.rollout.engine import RolloutEngine
-from megatron_dppo.rollout.engines import runs_on_cpu
 from megatron_dppo.rollout.evaluation import Result, describe_eval_sets, evaluate, load_eval_sets, measures_of
 from megatron_dppo.rollout.fleet import Request
 from megatron_dppo.rollout.trajectory import Trajectory
@@ -46,10 +46,9 @@ class Evaluation:
 def for_evaluation(config: Config) -> Config:
     """The config without its trainer, on one machine, with as many of its engines as that has GPUs for."""
     rollout = config.rollout
-    if not rollout.urls and not runs_on_cpu(rollout.engine):
-        import torch
-
-        room = max(1, torch.cuda.device_count() // rollout.tensor)
+    gpus = gpus_per_machine(config.cluster)
+    if not rollout.urls and gpus is not None:
+        room = max(1, gpus // rollout.tensor)
         rollout = rollout.model_copy(update={"engines": min(rollout.engines, room)})
     cluster = ClusterConfig(devices_per_node=config.cluster.devices_per_node, device=config.cluster.device)
     run = config.run.model_copy(update={"dir": config.run.dir / "evaluate"})

@@ -35,7 +35,7 @@ from megatron_dppo.control import (
     STOPPED_KEY,
     Control,
 )
-from megatron_dppo.machines import Engine, Machines, ThisMachine, own_gpus
+from megatron_dppo.machines import Engine, Machines, ThisMachine, gpus_apart
 from megatron_dppo.metrics import (
     METRICS,
     Progress,
@@ -46,6 +46,7 @@ from megatron_dppo.metrics import (
     write_summary,
 )
 from megatron_dppo.nodes import NAMES_VARIABLE, named_nodes
+from megatron_dppo.places import JOB_VARIABLE, RESTARTED_VARIABLE, elsewhere
 from megatron_dppo.processes import Child, noted, start, stop_on_exit, supervise
 from megatron_dppo.rollout.engine import EngineUnreachable
 from megatron_dppo.rollout.engines import runs_on_cpu, wait_ready
@@ -87,9 +88,10 @@ def _go_back(run_dir: Path, step: int) -> None:
 def with_checkpoint(config: Config) -> Config:
     """The config with `resume` decided: a checkpoint's path, or "never". Raises ValueError where it cannot go on."""
     found = config.resume
-    if found == "auto":
+    if found == "auto" or os.environ.get(RESTARTED_VARIABLE):
         complete = complete_checkpoints(config.run.dir)
-        found = complete[-1] if complete else "never"
+        begin = "never" if found == "auto" else found  # a later start without a checkpoint does what the first one did
+        found = complete[-1] if complete else begin
     if found != "never":
         state = read_state(Path(found))
         if state.step > config.training.steps:
@@ -172,7 +174,8 @@ def job(config: Config, console: Console, *, ranks: str | None, client: str) -> 
             for engine in machines.start_engines(config, resolved, env=env, logs=logs):
                 engines.append(engine)
                 children.append(engine.child)
-        children.extend(machines.start_ranks(str(ranks), config, resolved, env=env, logs=logs))
+        if ranks is not None:
+            children.extend(machines.start_ranks(ranks, config, resolved, env=env, logs=logs))
         started = children[len(engines) :]
         timeout_s = config.rollout.start_timeout_s
         urls = [*config.rollout.urls, *(_url_of(engine, control, timeout_s, children) for engine in engines)]
@@ -180,6 +183,7 @@ def job(config: Config, console: Console, *, ranks: str | None, client: str) -> 
             f"{config.run.name}: {config.parallel.ranks} ranks, engine {', '.join(urls)}, weights by "
             f"{config.sync.transport}; logs in {logs}",
             highlight=False,
+            soft_wrap=True,
         )
         for url, engine in zip(urls, engines, strict=False):
             wait_ready(url, engine.child, timeout_s, children)
@@ -194,17 +198,24 @@ def machines_of(config: Config) -> Machines:
 
     Raises ValueError where this machine lacks the GPUs that the config names, or the environment the nodes.
     """
+    cluster, ranks = config.cluster, config.parallel.ranks
+    if elsewhere(cluster):
+        in_slurm = JOB_VARIABLE in os.environ  # which a user's variables of another day do not overrule
+        return named_nodes(config) if os.environ.get(NAMES_VARIABLE) and not in_slurm else allocation(config)
     import torch
 
-    cluster, gpus = config.cluster, torch.cuda.device_count()
-    ranks = config.parallel.ranks // cluster.nodes
-    if cluster.device not in ("auto", "cpu") and gpus < ranks:
-        raise ValueError(
-            f"cluster.device: got {cluster.device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks"
-        )
-    if cluster.machines == 1:
-        return ThisMachine()
-    return named_nodes(config) if os.environ.get(NAMES_VARIABLE) else allocation(config)
+    gpus = torch.cuda.device_count()
+    if cluster.device not in ("auto", "cpu"):
+        if gpus < ranks:
+            raise ValueError(
+                f"cluster.device: got {cluster.device}, expected auto or cpu: here are {gpus} GPUs for {ranks} ranks"
+            )
+        if gpus < cluster.devices_per_node:
+            raise ValueError(
+                f"cluster.devices_per_node: got {cluster.devices_per_node}, expected at most the {gpus} GPUs that are "
+                "here"
+            )
+    return ThisMachine()
 
 
 def _url_of(engine: Engine, control: Control, deadline_s: float, others: Sequence[Child]) -> str:
@@ -233,7 +244,8 @@ def with_transport(config: Config) -> Config:
     """The config with sync.transport decided. Raises ValueError where it cannot be what was asked for."""
     sync = config.sync
     far = config.cluster.machines > 1 or not all(map(is_local, config.rollout.urls))
-    separate = not far and not config.rollout.urls and not runs_on_cpu(config.rollout.engine) and own_gpus(config)
+    on_gpus = elsewhere(config.cluster) or not runs_on_cpu(config.rollout.engine)
+    separate = not far and not config.rollout.urls and on_gpus and gpus_apart(config)
     if sync.transport == "ipc" and separate:
         raise ValueError("sync.transport: got ipc, expected group: the engines have GPUs that no rank sees")
     if sync.transport != "auto":
@@ -260,6 +272,11 @@ def run_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RuntimeError(
                 f"run.dir: another run writes to {path}; wait for it, or set run.dir or run.name"
+            ) from None
+        except OSError as error:
+            raise RuntimeError(
+                f"run.dir: {path}/lock cannot be locked ({error.strerror}); mount its file system with locks (Lustre: "
+                "-o flock), or set run.dir to another"
             ) from None
         yield
 
@@ -319,6 +336,6 @@ def _finish(config: Config, engines: list[dict[str, Any]], seconds: float, conso
     write_summary(run_dir / "summary.json", summary)
     if config.logging.plot:
         plot_learning_curve(run_dir / METRICS, run_dir / "learning_curve.png")
-    console.print(f"summary: {run_dir / 'summary.json'}", highlight=False)
+    console.print(f"summary: {run_dir / 'summary.json'}", highlight=False, soft_wrap=True)
     for name, value in summary.items():
-        console.print(f"  {name}: {value}", highlight=False)
+        console.print(f"  {name}: {value}", highlight=False, soft_wrap=True)

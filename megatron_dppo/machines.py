@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dppo.config import Config
+from megatron_dppo.config_cluster_rules import gpus_per_machine
 from megatron_dppo.config_rollout_rules import is_local
 from megatron_dppo.control import Control
 from megatron_dppo.processes import Child, free_port, start
@@ -80,11 +81,10 @@ class ThisMachine:
         return start_ranks([sys.executable, "-m", module, str(resolved)], config.parallel.ranks, env=env, logs=logs)
 
 
-def own_gpus(config: Config) -> bool:
-    """Whether this machine has GPUs for the engines beside the ranks'."""
-    import torch
-
-    return torch.cuda.device_count() >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
+def gpus_apart(config: Config) -> bool:
+    """Whether the one machine of a job has GPUs for the engines beside the ranks'."""
+    gpus = gpus_per_machine(config.cluster) or 0
+    return gpus >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
 
 
 def visible_gpus(first: int, count: int) -> str:
@@ -104,7 +104,7 @@ def engine_name(config: Config, number: int) -> str:
 def _start_engine(config: Config, number: int, logs: Path) -> Engine:
     rollout, ranks, port = config.rollout, config.parallel.ranks, free_port()
     cpu = runs_on_cpu(rollout.engine)
-    separate = not cpu and own_gpus(config)
+    separate = not cpu and gpus_apart(config)
     argv, env = server_of(config, port=port, cpu=cpu, gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY)
     if not cpu:
         first = number * rollout.tensor + (ranks if separate else 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_dppo.config import Config
 from megatron_dppo.config_cluster_rules import startable
 from megatron_dppo.control import Control, engine_url_key
-from megatron_dppo.machines import Engine, engine_name, job_environment
+from megatron_dppo.machines import Engine, engine_name, gpus_apart, job_environment
 from megatron_dppo.processes import Child, start
 
 PYTHON_VARIABLE = "MEGATRON_DPPO_STEP_PYTHON"  # the interpreter on the nodes; the launcher's own if not set
@@ -32,6 +32,7 @@ CARRIED = (
     "MEGATRON_DPPO_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "PYTHON", "HF_", "VLLM_", "SGLANG_", "MASTER_",
     "WORLD_SIZE", "RANK", "LOCAL_RANK",
 )  # fmt: skip
+SECRET = ("TOKEN", "_KEY", "SECRET", "PASSWORD")  # of a variable's name: command lines are seen by everybody on a node
 SHARED = "shared"  # in a run's directory
 
 
@@ -98,7 +99,7 @@ class NamedNodes(Nodes):
 
     def start_on(self, node: Node, name: str, argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Child:
         """By the command that the environment names, in this working directory."""
-        carried = [f"{key}={value}" for key, value in env.items() if key.startswith(CARRIED)]
+        carried = [f"{key}={value}" for key, value in env.items() if is_carried(key)]
         words = [*shlex.split(env[ON_VARIABLE]), node.name, "env", "-C", os.getcwd(), *carried, *argv]
         return start(name, words, env=env, log_path=log)
 
@@ -142,11 +143,18 @@ def engine_seats(config: Config, nodes: Sequence[Node]) -> list[Seat]:
     cluster, rollout = config.cluster, config.rollout
     for fault in startable(cluster, rollout):
         raise ValueError(fault)
+    if cluster.machines == 1 and not gpus_apart(config):  # engines share the ranks' GPUs, as on the launcher's machine
+        return [Seat(nodes[0], number * rollout.tensor) for number in range(rollout.engines)]
     before = 0 if cluster.engine_nodes else config.parallel.ranks // cluster.nodes
     return [
         Seat(nodes[number % len(nodes)], before + number // len(nodes) * rollout.tensor)
         for number in range(rollout.engines)
     ]
+
+
+def is_carried(variable: str) -> bool:
+    """Whether a node is given it on a command line."""
+    return variable.startswith(CARRIED) and not any(word in variable for word in SECRET)
 
 
 def python(environ: Mapping[str, str]) -> str:

@@ -11,18 +11,17 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_dppo.config import Config
 from megatron_dppo.machines import job_environment
 from megatron_dppo.nodes import NAMES_VARIABLE, Node, Nodes, divided, python
+from megatron_dppo.places import JOB_VARIABLE, SRUN_VARIABLE, STEP_VARIABLE
 from megatron_dppo.processes import STOP_THERE, Child, start
 
-JOB_VARIABLE, NODES_VARIABLE = "SLURM_JOB_ID", "SLURM_JOB_NODELIST"
+NODES_VARIABLE = "SLURM_JOB_NODELIST"
 HERE_VARIABLE = "SLURMD_NODENAME"
-# A site's, in the environment of the batch script:
-SRUN_VARIABLE = "MEGATRON_DPPO_SRUN"  # words for srun, such as a container's options
-STEP_VARIABLE = "MEGATRON_DPPO_STEP"  # words before the command of every step, such as `apptainer exec --nv IMAGE`
 
 # Steps share their nodes with each other and with the batch step; whoever needs cores of its own binds them itself.
 SRUN = (
@@ -49,8 +48,15 @@ class Allocation(Nodes):
         log = logs.absolute() / "rank%t.log"
         argv = step_command(self.trainers, ranks // len(self.trainers), argv, log)
         environment = {**env, **job_environment(ranks, self.trainers[0].address, env)}
+        said = logs / "ranks.log"
+        before = said.stat().st_size if said.is_file() else 0  # what earlier starts of the job left there
         yield start(
-            "ranks", argv, env=environment, log_path=logs / "ranks.log", stop_signal=STOP_THERE, culprit=failed_rank_log
+            "ranks",
+            argv,
+            env=environment,
+            log_path=said,
+            stop_signal=STOP_THERE,
+            culprit=partial(failed_rank_log, offset=before),
         )
 
 
@@ -100,9 +106,10 @@ def step_command(
     return [*words, *shlex.split(environ.get(STEP_VARIABLE, "")), *argv]
 
 
-def failed_rank_log(srun_log: Path) -> Path | None:
-    """The log of the rank that srun says failed first; srun ends the others for it."""
-    found = FAILED_TASK.search(srun_log.read_text(errors="replace")) if srun_log.is_file() else None
+def failed_rank_log(srun_log: Path, offset: int = 0) -> Path | None:
+    """The log of the rank that srun says failed first, after so many bytes; srun ends the others for it."""
+    text = srun_log.read_bytes()[offset:].decode(errors="replace") if srun_log.is_file() else ""
+    found = FAILED_TASK.search(text)
     return srun_log.with_name(f"rank{found[1]}.log") if found else None
 
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +21,11 @@ from megatron_dppo.config_cluster_rules import startable
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SITE_WORDS = "SITE_SBATCH"  # of a site file: further words for sbatch
+CONVERT_WORDS = "SITE_SBATCH_CONVERT"  # likewise, for conversions, which need no GPUs
+TIME_LIMIT = "SBATCH_TIMELIMIT"
+SUBMITTED = "slurm-job"  # in a run's directory: the id of the job that was submitted last
+# Slurm's ways to write a time limit, each group a number of seconds, minutes, ...: see `seconds_of`.
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
 class Kind(StrEnum):
@@ -40,11 +47,13 @@ class Submission:
     reads: tuple[Path, ...]
     output: str  # of the script; %j is the job's id
     logs: Path  # of the processes
+    trains: bool  # and writes to the run's directory, which no other job may at the same time
 
     def command(self) -> str:
         """As a shell takes it."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
-        return " ".join([*settings, shlex.join(self.argv)])
+        without = ["env", *(f"--unset={name}" for name in sorted(os.environ) if _is_of_another_job(name))]
+        return " ".join([*settings, *(without if len(without) > 1 else []), shlex.join(self.argv)])
 
 
 def faults_of(config: Config, kind: Kind) -> Iterator[str]:
@@ -59,6 +68,8 @@ def faults_of(config: Config, kind: Kind) -> Iterator[str]:
         yield from startable(config.cluster, config.rollout)
     if kind == Kind.convert and not complete_checkpoints(config.run.dir):
         yield f"run.dir: got no complete checkpoint in {config.run.dir}, expected one to convert"
+    elif kind == Kind.convert and (there := _converted(config)).exists():
+        yield f"run.dir: {there} is there already; move it, or use it"
 
 
 def submission(
@@ -74,7 +85,8 @@ def submission(
     """What to submit. Runs the site file in a shell, for its variables.
 
     `time`: the limit as Slurm writes it, None for the partition's; `notice_s`: how long before it the run is told to
-    save and stop. Raises ValueError where the scripts or the site file are not there.
+    save and stop. Raises ValueError where the scripts or the site file are not there, or the limit is no longer than
+    the notice.
     """
     script = LAUNCHERS / "slurm" / f"{kind}.sbatch"
     common = script.with_name("common.sh")
@@ -82,7 +94,10 @@ def submission(
         raise ValueError(f"launchers: no {common}, expected the project's checkout; install it with `pip install -e`")
     if site is not None and not site.is_file():
         raise ValueError(f"--site: no file {site}, expected one such as {LAUNCHERS / 'sites'}/*.sh")
-    variables = site_variables(site) if site else {}
+    variables = _sbatch_variables(os.environ) | (site_variables(site) if site else {})
+    site_words = {name: variables.pop(name, "") for name in (SITE_WORDS, CONVERT_WORDS)}
+    if kind in (Kind.train, Kind.trainer):
+        _check_notice(notice_s, time or variables.get(TIME_LIMIT))
     run_dir = config.run.dir.absolute()
     output = f"{run_dir}/slurm-%j.out"
     words = [
@@ -94,7 +109,7 @@ def submission(
         *resource_words(config, kind),
         *([f"--time={time}"] if time else []),
         *([f"--signal=B:USR1@{notice_s}"] if kind in (Kind.train, Kind.trainer) else []),
-        *shlex.split(variables.pop(SITE_WORDS, "")),
+        *shlex.split(site_words[CONVERT_WORDS if kind == Kind.convert else SITE_WORDS]),
     ]
     environment = {
         "MEGATRON_DPPO_LAUNCHERS": str(LAUNCHERS),
@@ -108,7 +123,8 @@ def submission(
         script=script,
         reads=(common, *([site] if site else [])),
         output=output,
-        logs=run_dir / "logs",
+        trains=kind in (Kind.train, Kind.trainer),
+        logs=(run_dir / "evaluate" if kind == Kind.evaluate else run_dir) / "logs",
     )
 
 
@@ -126,8 +142,37 @@ def arguments(config: Config, recipe: Path, overrides: Sequence[str], kind: Kind
     """Of the script. A conversion is of the run's newest checkpoint, to a Hugging Face directory beside its own."""
     if kind != Kind.convert:
         return [str(recipe), *overrides]
-    newest = complete_checkpoints(config.run.dir)[-1]
-    return ["megatron-to-hf", str(newest), str(config.run.dir / f"hf-{newest.name}")]
+    return ["megatron-to-hf", str(complete_checkpoints(config.run.dir)[-1]), str(_converted(config))]
+
+
+def _converted(config: Config) -> Path:
+    """Where the run's newest checkpoint goes."""
+    return config.run.dir / f"hf-{complete_checkpoints(config.run.dir)[-1].name}"
+
+
+def seconds_of(limit: str) -> int | None:
+    """Of a time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for what is no such number, as UNLIMITED."""
+    found = TIME.fullmatch(limit)
+    if found is None:
+        return None
+    numbers = [int(number) for number in (found["first"], found["second"], found["third"]) if number is not None]
+    if found["days"] is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _check_notice(notice_s: int, limit: str | None) -> None:
+    """A job that is asked to stop as soon as it starts would go round and round in the queue."""
+    seconds = seconds_of(limit) if limit else None
+    if seconds and notice_s >= seconds:
+        raise ValueError(
+            f"--notice: got {notice_s} s, expected less than the time limit {limit} ({seconds} s), by a start of the "
+            "job and some steps"
+        )
 
 
 def site_variables(site: Path) -> dict[str, str]:
@@ -141,26 +186,57 @@ def site_variables(site: Path) -> dict[str, str]:
     )
     if found.returncode:
         raise ValueError(f"--site: {site} failed: {found.stderr.strip()}")
-    variables = (line.partition("=")[::2] for line in found.stdout.split("\0"))
-    return {name: value for name, value in variables if _is_sbatch(name)}
+    return _sbatch_variables(dict(line.partition("=")[::2] for line in found.stdout.split("\0")))
+
+
+def _sbatch_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if _is_sbatch(name)}
 
 
 def _is_sbatch(name: str) -> bool:
-    return name.startswith("SBATCH_") or name == SITE_WORDS
+    return name.startswith("SBATCH_") or name in (SITE_WORDS, CONVERT_WORDS)
+
+
+def _is_of_another_job(name: str) -> bool:
+    """A variable of the allocation in which this is called; srun would take it for the new job's."""
+    return name.startswith("SLURM_") and name != "SLURM_CONF"
 
 
 def submit(what: Submission) -> str:
-    """Submits, and returns the job's id. Raises RuntimeError with sbatch's own message."""
-    Path(what.output).parent.mkdir(parents=True, exist_ok=True)
+    """Submits, and returns the job's id.
+
+    Raises RuntimeError with sbatch's own message, or where an earlier job is going to write to the same directory.
+    """
+    run_dir = Path(what.output).parent
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if what.trains:
+        _check_earlier(run_dir / SUBMITTED)
+    environment = {name: value for name, value in os.environ.items() if not _is_of_another_job(name)}
     try:
         found = subprocess.run(
-            what.argv, env={**os.environ, **what.environment}, capture_output=True, text=True, check=False
+            what.argv, env={**environment, **what.environment}, capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         raise RuntimeError("sbatch: not found, expected Slurm's commands on the PATH") from None
     if found.returncode:
         raise RuntimeError(f"sbatch: {found.stderr.strip()}")
-    return found.stdout.strip().partition(";")[0]  # a federation adds its cluster
+    job = found.stdout.strip().partition(";")[0]  # a federation adds its cluster
+    if what.trains:
+        (run_dir / SUBMITTED).write_text(job)
+    return job
+
+
+def _check_earlier(note: Path) -> None:
+    """Raises RuntimeError where the job that was submitted last for this directory is still in the queue."""
+    if not note.is_file():
+        return
+    argv = ["squeue", "--noheader", "--format=%i %T", f"--jobs={note.read_text().strip()}"]
+    with contextlib.suppress(FileNotFoundError):  # sbatch's absence is told
+        found = subprocess.run(argv, capture_output=True, text=True, check=False)  # fails for a job of long ago
+        if found.returncode == 0 and found.stdout.strip():
+            raise RuntimeError(
+                f"run.dir: job {found.stdout.strip()} writes to {note.parent}; scancel it, wait, or set run.dir"
+            )
 
 
 def description(what: Submission) -> str:

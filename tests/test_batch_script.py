@@ -16,18 +16,19 @@ from megatron_dppo.submit import LAUNCHERS
 
 # Says its arguments; ends with CODE, or, where that is "signal", with 75 once SIGUSR1 comes, after a while.
 RUN = """#!/usr/bin/env bash
-echo "run: ${*:3}"
+echo "run: ${*:3}${MEGATRON_DPPO_RESTARTED:+ (again)}${MEGATRON_DPPO_NODES:-}"
 [ "$CODE" = signal ] || exit "$CODE"
 trap 'sleep 0.3; echo "saved"; exit 75' USR1
 echo ready
 for _ in {1..400}; do sleep 0.05; done
 """
 SCONTROL = '#!/usr/bin/env bash\necho "scontrol: $*"\nexit 1\n'  # a cluster that does not requeue
+SINFO = '#!/usr/bin/env bash\necho "${NODES:-n1 allocated}"\n'
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    for name, text in (("python", RUN), ("scontrol", SCONTROL)):
+    for name, text in (("python", RUN), ("scontrol", SCONTROL), ("sinfo", SINFO)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return {
@@ -50,12 +51,30 @@ def test_a_run_that_ended_ends_the_job_with_its_code(environment: dict[str, str]
     output, _ = job.communicate(timeout=20)
     assert job.returncode == code
     assert "run: train recipe.yaml a.b=[1, 2]\n" in output
-    assert "resume" not in output and "scontrol" not in output
+    assert "again" not in output and "scontrol" not in output
 
 
-def test_a_later_start_resumes(environment: dict[str, str]) -> None:
+def test_a_later_start_goes_on(environment: dict[str, str]) -> None:
     output, _ = batch(environment, CODE="0", SLURM_RESTART_COUNT="2").communicate(timeout=20)
-    assert "train recipe.yaml a.b=[1, 2] resume=auto\n" in output and "start 3" in output
+    assert "train recipe.yaml a.b=[1, 2] (again)\n" in output and "start 3" in output
+
+
+@pytest.mark.parametrize("nodes", ["n1 allocated*", "n1 allocated\nn2 down"])
+def test_a_run_that_failed_with_a_node_goes_back_into_the_queue(environment: dict[str, str], nodes: str) -> None:
+    output, _ = batch(environment, CODE="1", NODES=nodes).communicate(timeout=20)
+    assert nodes.splitlines()[-1] in output and "scontrol: requeue 7\n" in output
+
+
+def test_nodes_of_the_way_without_slurm_are_not_taken(environment: dict[str, str]) -> None:
+    output, _ = batch(environment, CODE="0", MEGATRON_DPPO_NODES="old1 old2").communicate(timeout=20)
+    assert "old1" not in output
+
+
+def test_a_site_may_read_variables_that_are_not_there(environment: dict[str, str], tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text('site_setup() { echo "prompt: $NOT_SET_ANYWHERE"; }\n')
+    output, _ = batch(environment, CODE="0", MEGATRON_DPPO_SITE=str(site)).communicate(timeout=20)
+    assert output.startswith("prompt: \n") and "run: " in output
 
 
 def test_the_signal_reaches_the_run_and_the_job_is_requeued_after_it(environment: dict[str, str]) -> None:

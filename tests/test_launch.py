@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_dppo import launch, slurm
+from megatron_dppo.checkpoints import DESCRIPTION, TrainingState, checkpoint_path
 from megatron_dppo.config_loading import load_config
+from megatron_dppo.config_rules import RULES, submission_rules
 from megatron_dppo.launch import machines_of, run_directory
 from megatron_dppo.machines import ThisMachine, shared_directory
-from megatron_dppo.nodes import NamedNodes
+from megatron_dppo.nodes import NamedNodes, Node
+from megatron_dppo.places import rules_of_job
+from megatron_dppo.slurm import Allocation
+
+RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def fake_checkpoint(run: Path, step: int) -> Path:
+    """What the launcher reads of one."""
+    path = checkpoint_path(run, step)
+    path.mkdir(parents=True)
+    state = TrainingState(step, 0, "qwen3_moe", "float32", False, "", "")
+    (path / DESCRIPTION).write_text(json.dumps(vars(state)))
+    return path
 
 
 def test_what_an_earlier_run_left_is_moved_and_the_input_stays(tmp_path: Path) -> None:
@@ -60,3 +78,44 @@ def test_where_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"cluster.device: got h100, expected auto or cpu: here are \d GPUs for 99 ranks"
     ):
         machines_of(load_config(recipe, ["cluster.device=h100", "parallel.ranks=99"]))
+
+
+def test_containers_of_a_slurm_job_are_entered_on_one_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_config(RECIPE, ["cluster.device=h100", "parallel.ranks=99"])
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NODELIST", "n1"), ("SLURMD_NODENAME", "n1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEGATRON_DPPO_NODES", "a b")  # of another day
+    answers = {"hostnames": "n1", "show": "NodeName=n1 NodeAddr=10.0.0.1"}
+    monkeypatch.setattr(slurm, "_scontrol", lambda *words: answers[words[1]])
+    with pytest.raises(ValueError, match=r"here are \d GPUs for 99 ranks"):
+        machines_of(recipe)
+    for variable in ("MEGATRON_DPPO_SRUN", "MEGATRON_DPPO_STEP"):
+        with monkeypatch.context() as site:
+            site.setenv(variable, "--container-image=/images/a.sqsh")
+            assert machines_of(recipe) == Allocation(*[(Node("n1", "10.0.0.1"),)] * 2)
+            assert rules_of_job(recipe.cluster) == submission_rules(recipe.cluster)  # the launcher has no GPU
+    assert rules_of_job(recipe.cluster) == RULES
+
+
+def test_a_job_that_starts_again_goes_on_from_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other, own = (fake_checkpoint(tmp_path / name, 3) for name in ("other", "own"))
+    monkeypatch.setattr(launch, "check_resumable", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "load_architecture", lambda _: SimpleNamespace(model_type="qwen3_moe"))
+
+    def resumed(run: str, resume: str) -> str:
+        config = load_config(RECIPE, [f"run.dir={tmp_path / run}", f"resume={resume}"])
+        return str(launch.with_checkpoint(config).resume)
+
+    assert resumed("own", str(other)) == str(other) and resumed("own", "never") == "never"
+    monkeypatch.setenv("MEGATRON_DPPO_RESTARTED", "1")
+    assert resumed("own", str(other)) == resumed("own", "never") == resumed("own", "auto") == str(own)
+    assert resumed("new", str(other)) == str(other) and resumed("new", "auto") == resumed("new", "never") == "never"
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(launch.fcntl, "flock", flock)
+    with pytest.raises(RuntimeError, match="cannot be locked .Function not implemented."), run_directory(tmp_path):
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 from megatron_dppo.config import Config
 from megatron_dppo.config_loading import load_config
-from megatron_dppo.nodes import Node, Seat, divided, engine_seats, named_nodes
+from megatron_dppo.nodes import Node, Seat, divided, engine_seats, is_carried, named_nodes
 from megatron_dppo.processes import ChildDied, stop_on_exit, supervise
+from megatron_dppo.rollout.node_engine import listening_address
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 NODES = tuple(Node(f"n{i}", f"10.0.0.{i}") for i in range(1, 5))
@@ -53,6 +55,35 @@ def test_nodes_that_the_environment_names() -> None:
     assert found.host(wanted) == "a"
     with pytest.raises(ValueError, match="MEGATRON_DPPO_ON: missing"):
         named_nodes(wanted, {"MEGATRON_DPPO_NODES": "a b c"})
+
+
+def test_engines_that_share_the_ranks_gpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = config("cluster.device=h100", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4")
+    assert engine_seats(one, NODES[:1]) == [Seat(NODES[0], 0), Seat(NODES[0], 4)]
+    apart = config("cluster.device=h100", "parallel.ranks=4", "rollout.engines=2", "rollout.tensor=2")
+    assert engine_seats(apart, NODES[:1]) == [Seat(NODES[0], 4), Seat(NODES[0], 6)]
+
+
+def test_secrets_are_not_on_command_lines() -> None:
+    assert is_carried("HF_HOME") and is_carried("NCCL_IB_HCA") and not is_carried("HOME")
+    assert not any(map(is_carried, ("HF_TOKEN", "VLLM_API_KEY", "HF_HUB_TOKEN")))
+
+
+@pytest.mark.parametrize(
+    ("name", "means", "listens"),
+    [("n2", "10.0.0.2", "10.0.0.2"), ("vm", "127.0.1.1", "0.0.0.0"), ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+     ("only.others.know", None, "0.0.0.0")],
+)  # fmt: skip
+def test_an_engine_listens_where_others_reach_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, means: str | None, listens: str
+) -> None:
+    def resolve(host: str) -> str:
+        if means is None:
+            raise OSError
+        return means
+
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    assert listening_address(name) == listens
 
 
 @pytest.mark.parametrize("fails", ["", "3"])

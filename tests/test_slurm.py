@@ -77,3 +77,7 @@ def test_the_log_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     assert failed_rank_log(log) == tmp_path / "rank1.log"
     log.write_text("srun: error: n2: tasks 4-7: Killed\n")
     assert failed_rank_log(log) == tmp_path / "rank4.log"
+    of_an_earlier_start = log.stat().st_size
+    assert failed_rank_log(log, of_an_earlier_start) is None
+    log.write_text(log.read_text() + "srun: error: n2: task 7: Exited with exit code 1\n")
+    assert failed_rank_log(log, of_an_earlier_start) == tmp_path / "rank7.log"

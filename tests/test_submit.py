@@ -14,7 +14,7 @@ from megatron_dppo.cli import app
 from megatron_dppo.config import Config
 from megatron_dppo.config_loading import check_config, load_config
 from megatron_dppo.config_rules import submission_rules
-from megatron_dppo.submit import LAUNCHERS, Kind, Submission, faults_of, site_variables, submission
+from megatron_dppo.submit import LAUNCHERS, Kind, Submission, faults_of, seconds_of, site_variables, submission, submit
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SITES = sorted((LAUNCHERS / "sites").glob("*.sh"))
@@ -57,6 +57,71 @@ def test_a_conversion_is_of_the_newest_complete_checkpoint(tmp_path: Path) -> No
     newest = tmp_path / "checkpoints" / "step-000002"
     words = submitted(f"run.dir={tmp_path}", kind=Kind.convert).argv
     assert words[-3:] == ("megatron-to-hf", str(newest), f"{tmp_path}/hf-step-000002")
+    (tmp_path / "hf-step-000002").mkdir()
+    assert [*faults_of(config(f"run.dir={tmp_path}"), Kind.convert)] == [
+        f"run.dir: {tmp_path}/hf-step-000002 is there already; move it, or use it"
+    ]
+
+
+def test_a_conversion_does_not_take_the_sites_gpus(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000002" / "training.json").touch()
+    site = tmp_path / "site.sh"
+    site.write_text("SBATCH_PARTITION=gpu\nSITE_SBATCH=--gres=gpu:8\nSITE_SBATCH_CONVERT=--cpus-per-task=16\n")
+    words = submitted(f"run.dir={tmp_path}", kind=Kind.convert, site=site).argv
+    assert "--cpus-per-task=16" in words and "--gres=gpu:8" not in words
+    assert "--gres=gpu:8" in submitted(f"run.dir={tmp_path}", kind=Kind.evaluate, site=site).argv
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("5:30", 330), ("01:00:00", 3600), ("2-6", 194400), ("1-00:30", 88200), ("1-0:0:5", 86405),
+     ("UNLIMITED", None)],
+)  # fmt: skip
+def test_time_limits_as_slurm_writes_them(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_a_limit_that_is_no_longer_than_the_notice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--notice: got 300 s, expected less than the time limit 5 \(300 s\)"):
+        submitted(time="5")
+    site = tmp_path / "site.sh"
+    site.write_text("SBATCH_TIMELIMIT=00:04:00\n")
+    with pytest.raises(ValueError, match="the time limit 00:04:00"):
+        submitted(site=site)
+    submitted(time="6", site=site)
+    submitted(time="5", kind=Kind.evaluate)
+
+
+def test_variables_of_another_allocation_are_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nenv > "$SEEN"\necho 12\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_QOS", "high")
+    what = submitted(f"run.dir={tmp_path}/run")
+    assert "SBATCH_QOS=high" in what.command() and "env --unset=SLURM_MEM_PER_CPU sbatch " in what.command()
+    assert submit(what) == "12"
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert {"SLURM_CONF=/etc/slurm.conf", "SBATCH_QOS=high"} <= set(seen)
+    assert not any(line.startswith("SLURM_MEM") for line in seen)
+
+
+def test_a_directory_belongs_to_one_job_of_the_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, text in (("sbatch", "echo 13"), ("squeue", 'echo "$QUEUED"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("QUEUED", "13 PENDING")
+    run = f"run.dir={tmp_path}/run"
+    assert submit(submitted(run)) == "13"
+    with pytest.raises(RuntimeError, match="run.dir: job 13 PENDING writes to"):
+        submit(submitted(run))
+    submit(submitted(run, kind=Kind.evaluate))
+    monkeypatch.setenv("QUEUED", "")
+    submit(submitted(run))
 
 
 def test_a_site_file_has_variables_for_sbatch_and_words_that_come_last(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ SBATCH_ACCOUNT=my-project
 SITE_SBATCH="--gres=gpu:8"
 
 site_setup() {
-    module load apptainer
+    module load apptainer || return 1
     export MEGATRON_DPPO_PYTHON=/shared/envs/megatron_dppo-cpu/bin/python
     export MEGATRON_DPPO_STEP="apptainer exec --nv --bind /shared /shared/images/megatron_dppo.sif"
     export MEGATRON_DPPO_STEP_PYTHON=python3

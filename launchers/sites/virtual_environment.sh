@@ -9,7 +9,7 @@ SITE_SBATCH="--gres=gpu:8"
 
 # Called on the first node before anything starts; what is exported here reaches every process of the job.
 site_setup() {
-    module load cuda/13.0
+    module load cuda/13.0 || return 1
     # A virtual environment that all nodes see; by default it is the one in which `launch slurm` was called.
     export MEGATRON_DPPO_PYTHON=/shared/envs/megatron_dppo/bin/python
 

@@ -1,23 +1,24 @@
 # Sourced by the scripts beside it, on the first node of an allocation. What a site needs comes from its site file
 # (launchers/sites/, docs/slurm.md): nothing here is to be edited.
-set -u
 
+unset MEGATRON_DPPO_NODES MEGATRON_DPPO_ON # of the way without Slurm, in whoever's environment this was submitted from
 if [ -n "${MEGATRON_DPPO_SITE:-}" ]; then
     . "$MEGATRON_DPPO_SITE"
     if declare -F site_setup >/dev/null; then
         site_setup || { echo "$MEGATRON_DPPO_SITE: site_setup failed" >&2; exit 1; }
     fi
 fi
+set -u # not before: modules and activation scripts read variables that are not there
 
 megatron_dppo=("${MEGATRON_DPPO_PYTHON:-python3}" -m megatron_dppo.cli)
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    export MEGATRON_DPPO_RESTARTED=1 # a run goes on from its own newest checkpoint, whatever the recipe says of resume
+fi
 
-# Trains; goes on from the newest checkpoint where this is not the job's first start. Before the time limit Slurm sends
-# this shell SIGUSR1 (sbatch --signal=B:USR1@SECONDS): the run saves a checkpoint and ends with code 75, and the job
-# goes back into the queue.
+# Trains. Before the time limit Slurm sends this shell SIGUSR1 (sbatch --signal=B:USR1@SECONDS): the run saves a
+# checkpoint and ends with code 75, and the job goes back into the queue. So it does where the run failed because a node
+# is gone, which Slurm itself notices later than the run does.
 train_and_requeue() {
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-        set -- "$@" resume=auto
-    fi
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date)"
     "${megatron_dppo[@]}" train "$@" &
     local head=$! signalled=yes code=0
@@ -28,7 +29,7 @@ train_and_requeue() {
         wait "$head"
         code=$?
     done
-    if [ "$code" -eq 75 ]; then
+    if [ "$code" -eq 75 ] || { [ "$code" -eq 1 ] && node_is_gone; }; then
         echo "job $SLURM_JOB_ID goes back into the queue, $(date)"
         if scontrol requeue "$SLURM_JOB_ID"; then
             sleep 60 # Slurm ends this shell
@@ -37,4 +38,9 @@ train_and_requeue() {
         fi
     fi
     return "$code"
+}
+
+# A node of the job that does not answer ("*") or is down.
+node_is_gone() {
+    sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format="%N %T" | grep -E '\*|down|fail'
 }

@@ -82,6 +82,11 @@ class Cluster:
             assert time.monotonic() < give_up, f"waited {seconds:.0f} s: {described()}"
             time.sleep(0.3)
 
+    def processes(self) -> list[int]:
+        """All that jobs run on nodes: what the daemons started, but for Slurm's own."""
+        pids = [pid for slurmd in self.slurmd.values() for pid in descendants(slurmd.pid)]
+        return [pid for pid in pids if _name(pid) not in ("", "slurmd", "slurmstepd")]
+
     def kill_node(self, name: str) -> None:
         """As when its machine loses power: nothing on it runs on, and nobody is told."""
         for pid in descendants(self.slurmd[name].pid):
@@ -101,6 +106,14 @@ class Cluster:
             return found.stdout.strip() == f"{len(NODES)} idle"
 
         self.wait(idle, READY_S, lambda: (self.directory / "slurmctld.log").read_text()[-2000:])
+
+
+def _name(pid: int) -> str:
+    """Of a process; nothing if it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def descendants(pid: int) -> list[int]:

@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.slurm.cluster import Cluster, descendants
+from megatron_dppo.weights.checkpoint import open_checkpoint
+from megatron_dppo.weights.verify import differences
+from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 START_S = 170.0  # until a job has trained its first step
 END_S = 60.0
+OVER = "COMPLETED|FAILED|TIMEOUT|CANCELLED|NODE_FAIL"
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -53,16 +56,11 @@ class Recipe:
         paths = [*self.run.glob("slurm-*.out"), *sorted(self.run.glob("logs/*.log"))]
         return "\n".join(f"== {path}\n" + "\n".join(path.read_text().splitlines()[-30:]) for path in paths)
 
-    def processes(self, cluster: Cluster) -> list[int]:
-        """Everything of this run that runs on a node."""
-        marker = str(self.path.parent).encode()
-        pids = [pid for slurmd in cluster.slurmd.values() for pid in descendants(slurmd.pid)]
-        return [pid for pid in pids if any(marker in word for word in _command_line(pid))]
-
     def ranks(self, cluster: Cluster) -> list[int]:
         """The trainer's, which are not srun nor guards."""
-        wanted = [b"-m", b"megatron_dppo.trainer"]
-        return [pid for pid in self.processes(cluster) if _command_line(pid)[1:3] == wanted]
+        wanted, marker = [b"-m", b"megatron_dppo.trainer"], str(self.path.parent).encode()
+        lines = {pid: _command_line(pid) for pid in cluster.processes()}
+        return [pid for pid, line in lines.items() if line[1:3] == wanted and any(marker in word for word in line)]
 
 
 def _command_line(pid: int) -> list[bytes]:
@@ -101,7 +99,8 @@ def submitted(cluster: Cluster, recipe: Recipe, *words: str) -> str:
     result = launched(cluster, recipe, *words)
     assert result.returncode == 0, result.stderr
     found = re.match(r"job (\d+) submitted\n", result.stdout)
-    assert found and f"{recipe.run}/slurm-{found[1]}.out" in result.stdout and str(recipe.run / "logs") in result.stdout
+    logs = recipe.run / "evaluate" / "logs" if "evaluate" in words else recipe.run / "logs"
+    assert found and f"{recipe.run}/slurm-{found[1]}.out" in result.stdout and str(logs) in result.stdout
     return found[1]
 
 
@@ -126,7 +125,7 @@ def wait_for_step(cluster: Cluster, recipe: Recipe, job: str, step: int) -> None
 
 
 def assert_nothing_left(cluster: Cluster, recipe: Recipe) -> None:
-    cluster.wait(lambda: not recipe.processes(cluster), END_S, lambda: f"left: {recipe.processes(cluster)}")
+    cluster.wait(lambda: not cluster.processes(), END_S, lambda: f"left: {[*map(_command_line, cluster.processes())]}")
     assert not (recipe.run / "shared").exists() or not list((recipe.run / "shared").iterdir())
 
 
@@ -193,7 +192,7 @@ def test_a_job_goes_on_after_its_time_limit_and_after_a_node_died(cluster: Clust
     cluster.kill_node(second)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 2 * END_S, recipe.output)
 
-    ended = wait_for_state(cluster, recipe, job, "COMPLETED|FAILED|TIMEOUT|CANCELLED|NODE_FAIL", START_S + END_S)
+    ended = wait_for_state(cluster, recipe, job, OVER, START_S + END_S)
     assert ended["JobState"] == "COMPLETED", f"{ended}\n{recipe.output()}"
     records = recipe.records()
     assert [record["step"] for record in records] == list(range(steps + 3))
@@ -206,3 +205,16 @@ def test_a_job_goes_on_after_its_time_limit_and_after_a_node_died(cluster: Clust
     assert_nothing_left(cluster, recipe)
     cluster.start_node(second)
     cluster.wait_until_idle()
+
+    newest = max((recipe.run / "checkpoints").iterdir())
+    job = submitted(cluster, recipe, "--kind", "convert")
+    ended = wait_for_state(cluster, recipe, job, OVER, START_S)
+    assert ended["JobState"] == "COMPLETED", recipe.output()
+    assert not [*differences(open_checkpoint(newest), open_checkpoint(recipe.run / f"hf-{newest.name}"))]
+
+    job = submitted(cluster, recipe, "--kind", "evaluate", f"model.path={recipe.run / 'model'}")
+    ended = wait_for_state(cluster, recipe, job, OVER, START_S)
+    assert ended["JobState"] == "COMPLETED" and ended["NumNodes"] == "1", recipe.output()
+    evaluated = json.loads((recipe.run / "evaluate" / "summary.json").read_text())
+    assert evaluated["model"] == str(recipe.run / "model") and evaluated["results"][0]["prompts"] == 8
+    assert_nothing_left(cluster, recipe)
