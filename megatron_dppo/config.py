@@ -50,7 +50,8 @@ class ParallelConfig(Section):
     expert_tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     virtual: int = Field(1, ge=1)  # chunks of layers on each pipeline rank
-    chunk_layers: tuple[int, ...] | None = None  # of chunk v of rank p at place v x pipeline + p; null: all alike
+    # of chunk v of rank p at place v x pipeline + p, 0 allowed; null: all alike
+    chunk_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     context: int = Field(1, ge=1)  # ranks that share each sequence; needs training.packed
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1

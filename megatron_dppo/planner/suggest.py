@@ -12,6 +12,7 @@ from megatron_dppo.config import Config
 from megatron_dppo.planner.hardware import device_of
 from megatron_dppo.planner.plan import MEMORY, Memory, Plan, estimate_of, make_plan, memory_of
 from megatron_dppo.planner.workload import shares_devices, workload_of
+from megatron_dppo.weights.layout import uneven_chunks
 
 Overrides = Mapping[str, Any]  # dotted keys, as on the command line
 RECOMPUTES = ("none", "selective", "full")  # dearer from left to right
@@ -156,26 +157,18 @@ def _layouts(config: Config, arch: Architecture, ranks: int) -> Iterator[dict[st
                 if of_stage % (expert * expert_tensor) or (arch.moe_intermediate_size % expert_tensor):
                     continue
                 for virtual in (1, 2) if pipeline > 1 else (1,):
+                    chunks = pipeline * virtual
+                    uneven = arch.num_layers % chunks
                     yield {
                         "parallel.ranks": ranks,
                         "parallel.tensor": tensor,
                         "parallel.context": context,
                         "parallel.pipeline": pipeline,
                         "parallel.virtual": virtual,
-                        "parallel.chunk_layers": _chunk_layers(arch.num_layers, pipeline * virtual),
+                        "parallel.chunk_layers": uneven_chunks(arch.num_layers, chunks) if uneven else None,
                         "parallel.expert": expert,
                         "parallel.expert_tensor": expert_tensor,
                     }
-
-
-def _chunk_layers(layers: int, chunks: int) -> tuple[int, ...] | None:
-    """Even, or with fewer layers where the embedding and the head are."""
-    each, rest = divmod(layers, chunks)
-    if not rest:
-        return None
-    middle = list(range(1, chunks - 1)) + [0, chunks - 1]
-    extra = set(middle[:rest])
-    return tuple(each + (chunk in extra) for chunk in range(chunks))
 
 
 def _micro_batch_tokens(config: Config, layout: Overrides) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, ParallelConfig
 from megatron_dppo.planner.engine import engine_parallel, worker_weights
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.memory import ITEMSIZE, expert_data
@@ -31,12 +31,17 @@ class Wire:
 
 @dataclass(frozen=True)
 class Sync:
-    """One update of all engines. `bytes`: from the trainer, to one instance; `relayed`: between instances."""
+    """One update of all engines: bytes from the trainer to one instance, and between instances.
+
+    `bytes_per_worker`: the most that a worker receives. `busiest_bytes`: what the busiest rank or worker of each bucket
+    moves, of all buckets: they go one after the other.
+    """
 
     transport: str
     trainer_to_engine_bytes: int
     engine_to_engine_bytes: int
     bytes_per_worker: int
+    busiest_bytes: int
     buckets: int
     seconds: float
 
@@ -98,7 +103,7 @@ def _replicas(config: Config, own: Parameters, device: Device, itemsize: int, wo
 def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
     """Of the weights to the engines that the job starts.
 
-    In a group every worker receives what it keeps, from ranks that share it evenly; instances hand buckets on in a
+    In a group every worker receives what it keeps, from the ranks that hold it, evenly; instances hand buckets on in a
     ring.
     """
     rollout, transport = config.rollout, transport_of(config)
@@ -108,10 +113,19 @@ def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
     if transport in FILE_BANDWIDTH:
         whole = worker_weights(arch, type(parallel)(), itemsize)
         seconds = 2 * whole / FILE_BANDWIDTH[transport]  # written, then read
-        return Sync(transport, whole, 0, most, 1, seconds)
+        return Sync(transport, whole, 0, most, whole, 1, seconds)
     buckets = -(-most // config.sync.bucket_bytes)
     near = not config.cluster.engine_nodes and config.cluster.nodes == 1 and not shares_devices(config)
     bandwidth = (device.node_bandwidth if near or transport == "ipc" else device.network_bandwidth) * LINK_SHARE
-    busiest = max(total / config.parallel.ranks, most)
+    senders = config.parallel.ranks * _sending_share(config.parallel, arch.num_layers, buckets)
+    busiest = round(max(total / senders, most))
     seconds = busiest / bandwidth * (1 + hops / buckets)
-    return Sync(transport, total, total * hops, most, buckets, seconds)
+    return Sync(transport, total, total * hops, most, busiest, buckets, seconds)
+
+
+def _sending_share(parallel: ParallelConfig, num_layers: int, buckets: int) -> float:
+    """Of the ranks, those that hold something of a bucket. Layers are sent in order and in each its experts: many small
+    buckets are one pipeline stage's each, and one expert-parallel rank's of it."""
+    stages = min(1.0, max(1 / parallel.pipeline, parallel.virtual / buckets))
+    experts = min(1.0, max(1 / parallel.expert, num_layers / buckets))
+    return stages * experts

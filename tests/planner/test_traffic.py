@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_dppo.planner.engine import engine_parallel
@@ -39,6 +41,34 @@ def test_sync_has_the_bytes_of_the_plan_that_is_carried_out(arch: Any, engine: d
     assert found.trainer_to_engine_bytes == report.trainer_to_engine_bytes
     assert found.engine_to_engine_bytes == report.engine_to_engine_bytes
     assert found.bytes_per_worker == max(report.received_bytes)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "workers"),
+    [
+        ({"tensor": 4, "expert": 8}, 8),
+        ({"tensor": 2, "expert": 4, "pipeline": 2}, 8),
+        ({"tensor": 1, "expert": 1, "pipeline": 8}, 8),
+        ({"tensor": 1, "expert": 1, "pipeline": 4, "virtual": 2}, 8),
+        ({"tensor": 1, "expert": 2, "pipeline": 4}, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bucket_mib", [16, 100, 10_000])
+def test_a_bucket_is_sent_by_those_who_hold_it(parallel: dict[str, int], workers: int, bucket_mib: int) -> None:
+    """Layers go in order: of a small bucket most stages have nothing."""
+    arch = replace(shape("Qwen3-30B-A3B-Base"), num_layers=8, num_experts=16, moe_layers=(True,) * 8, vocab_size=512)
+    settings = config(parallel={"ranks": 8, **parallel}, rollout={"tensor": workers}, sync={"bucket_mib": bucket_mib})
+    layout, engine, size = settings.parallel.layout, engine_parallel(settings), settings.sync.bucket_bytes
+    senders = [list(megatron_layout(arch, layout, rank)) for rank in range(8)]
+    receivers = [list(engine_layout(arch, engine, worker)) for worker in range(workers)]
+    plan = sync_plan(senders, receivers, hub_dtypes(arch, "bfloat16"), bucket_bytes=size)
+    busiest = 0
+    for bucket in range(plan.num_buckets):
+        rows = plan.rows(bucket)
+        moved = [np.bincount(end[rows], plan.nbytes[rows]).max() for end in (plan.src_rank, plan.dst)]
+        busiest += int(max(moved))
+    assert sync_traffic(settings, arch, H100).busiest_bytes == pytest.approx(busiest, rel=0.35)
 
 
 def test_collectives_of_qwen3_30b_by_hand() -> None:
