@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import ConfigError, load_config
-from megatron_dppo.config_rules import SETTING_RULES
+from megatron_dppo.config_loading import ConfigError, load_config, sections_of
 from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages
-from megatron_dppo.planner.rules import advice, violations
+from megatron_dppo.planner.rules import advice, broken_sections, violations
 from megatron_dppo.planner.shapes import find_architecture
 from megatron_dppo.planner.step_time import StepTime, step_time
 from megatron_dppo.planner.traffic import Sync, Wire, step_wires, sync_traffic
@@ -83,16 +82,24 @@ class Plan:
 
 
 def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Reads and plans a recipe; what cannot be read is its violations."""
+    """Reads and plans a recipe. Where it cannot be read as a whole, what is broken of the rest is said all the same."""
+    config, faults = None, []
     try:
-        config = load_config(path, overrides, SETTING_RULES)
+        config = load_config(path, overrides, ())
+        sections: Mapping[str, Any] = sections_of(config)
     except ConfigError as error:
-        return Plan(None, None, None, None, tuple(error.faults))
-    try:
-        arch, _ = find_architecture(config.model.path, path)
-    except ValueError as error:
-        return Plan(config, None, None, None, (str(error),))
-    return make_plan(config, arch)
+        sections, faults = error.sections, error.faults
+    arch = None
+    if "model" in sections:
+        try:
+            arch, _ = find_architecture(sections["model"].path, path)
+        except ValueError as error:
+            faults.append(str(error))
+    if config is not None and arch is not None:
+        return make_plan(config, arch)
+    device = device_of(sections["cluster"], 1) if "cluster" in sections else None
+    faults += broken_sections(sections, arch, device)
+    return Plan(config, arch, device, None, tuple(dict.fromkeys(faults)))  # a model's fault is said by rules, too
 
 
 def make_plan(config: Config, arch: Architecture) -> Plan:

@@ -70,6 +70,16 @@ def test_faults_of_the_types_and_of_the_model_are_violations(recipe: Path) -> No
     assert found["violations"][0].startswith("model.path: no config.json in /nowhere/Nothing-7B, nor configs/models/")
 
 
+def test_a_fault_of_the_types_hides_no_broken_rule(recipe: Path) -> None:
+    _, alone = run(recipe, "parallel.tensor=3", "rollout.top_p=0.9")
+    assert {text.split(":")[0] for text in alone["violations"]} == {"parallel.ranks", "parallel.tensor", "rollout.top_p"}
+    _, both = run(recipe, "parallel.tensor=3", "rollout.top_p=0.9", "training.steps=0")
+    assert both["violations"][0] == "training.steps: got 0, input should be greater than 0"
+    assert both["violations"][1:] == alone["violations"]
+    _, unknown = run(recipe, "model.path=/nowhere/Nothing-7B", "rollout.top_p=0.9")
+    assert [text.split(":")[0] for text in unknown["violations"]] == ["model.path", "rollout.top_p"]
+
+
 def test_suggestions_fit_and_can_be_pasted(recipe: Path) -> None:
     result, found = run(recipe, "--suggest", "1x8", "cluster.device=h200")
     assert result.exit_code == 0
