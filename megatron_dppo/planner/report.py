@@ -21,6 +21,7 @@ KINDS = {
     "reference": "reference model",
     "staging": "buckets of the weight sync",
     "routes": "recorded routes",
+    "recorded": "recorded log-probs",
     "activations": "activations kept for backward",
     "logits": "policy head",
     "working": "a layer's backward",

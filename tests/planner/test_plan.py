@@ -38,8 +38,9 @@ def test_a_recipe_that_fits(recipe: Path) -> None:
     assert (found["fits"], found["violations"]) == (True, [])
     kinds = found["bytes_per_rank"]
     standing = sum(kinds[kind] for kind in ("weights", "gradients", "optimizer", "reference", "staging"))
-    coming = kinds["routes"] + kinds["activations"] + max(kinds["logits"], kinds["working"])
-    assert kinds["peak"] == standing + max(coming, kinds["scratch"])
+    of_step = kinds["routes"] + kinds["recorded"]
+    coming = kinds["activations"] + max(kinds["logits"], kinds["working"])
+    assert kinds["peak"] == standing + of_step + max(coming, kinds["scratch"])
     assert kinds["needed"] == kinds["peak"] + kinds["overhead"] <= kinds["limit"] == found["device"]["memory_bytes"]
     time = found["step_time"]
     assert time["total"] == pytest.approx(math.fsum(time["terms"].values()) - time["hidden"])
