@@ -37,9 +37,10 @@ ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam
 class RankMemory:
     """Bytes on the device of each rank of pipeline stage `stage`; `host` on its machine, for each rank.
 
-    `recorded`: what is known of a step's tokens before its weights move. `activations`: kept for backward, of all micro-batches in flight. `logits`: what the policy head has at once beside.
-    `working`: of a layer's backward, or recomputed. `scratch`: of the gradients' reduction, and the optimizer's.
-    `checkpoint_host`: of the replica that gathers the optimizer's state while a checkpoint is written.
+    `recorded`: what is known of a step's tokens before its weights move. `activations`: kept for backward, of all
+    micro-batches in flight. `logits`: what the policy head has at once beside. `working`: of a layer's backward, or
+    recomputed. `scratch`: of the gradients' reduction, and the optimizer's. `checkpoint_host`: of the replica that
+    gathers the optimizer's state while a checkpoint is written.
     """
 
     stage: int

@@ -21,6 +21,7 @@ from megatron_dppo.planner.workload import Workload, shares_devices, workload_of
 from megatron_dppo.weights.engine_layout import indivisible
 
 MEMORY = "memory of "  # what a violation begins with that no rule is
+HEADROOM = 0.92  # of a device that a rank should fill at most: experts are not even, and the model is not exact
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def make_plan(config: Config, arch: Architecture) -> Plan:
-    """Pure, but for what `cluster.device: auto` asks of this machine."""
+    """Pure, but for what `cluster.device: auto` asks of this machine, and the lines of `data.eval`'s files."""
     device = device_of(config.cluster, _processes_per_node(config))
     broken = violations(config, arch, device)
     try:
@@ -113,7 +114,7 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
     broken += _too_little_memory(config, device, memory)
-    better = tuple(advice(config, arch, device, work, memory.engine))
+    better = (*advice(config, arch, device, work, memory.engine), *_little_headroom(memory, device))
     return Plan(
         config, arch, device, work, tuple(broken), better, memory, estimate_of(config, arch, device, work, memory)
     )
@@ -141,6 +142,16 @@ def _processes_per_node(config: Config) -> int:
     cluster, rollout = config.cluster, config.rollout
     engines = 0 if rollout.urls or cluster.engine_nodes else rollout.engines * rollout.tensor
     return -(-(config.parallel.ranks + engines) // cluster.nodes)
+
+
+def _little_headroom(memory: Memory, device: Device) -> Iterator[str]:
+    share = memory.worst.needed / memory.limit
+    if device.is_gpu and HEADROOM < share <= 1:
+        yield (
+            f"{MEMORY}a rank: {memory.worst.needed / GIB:.1f} GiB of {memory.limit / GIB:.1f} are {share:.0%}, at most "
+            f"{HEADROOM:.0%} leave room for uneven experts and what is not planned exactly: recompute more, or smaller "
+            "training.micro_batch_tokens"
+        )
 
 
 def _too_little_memory(config: Config, device: Device, memory: Memory) -> Iterator[str]:

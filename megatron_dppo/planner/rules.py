@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_dppo.config_cluster_rules import startable
 from megatron_dppo.config_loading import sections_of
 from megatron_dppo.config_rules import SETTING_RULES, Rule, broken_rules, machine_rules
 from megatron_dppo.planner.engine import EngineMemory
@@ -89,6 +90,7 @@ def advice(
         *_bubble(config, work),
         *_idle_engines(config, device),
         *_experts_over_network(config, arch, device),
+        *_large_engines(config, device),
         *_concurrency(config, work, engine),
     ]
 
@@ -108,6 +110,12 @@ def _idle_engines(config: Config, device: Device) -> Iterator[str]:
     room = _room(cluster, rollout)
     if device.is_gpu and cluster.engine_nodes and not rollout.urls and rollout.engines < room:
         yield f"rollout.engines: {rollout.engines} leave devices of the engine nodes idle, which hold {room}"
+
+
+def _large_engines(config: Config, device: Device) -> Iterator[str]:
+    """What launchers refuse is planned all the same: others may start it."""
+    if device.is_gpu and config.cluster.engine_nodes:
+        yield from startable(config.cluster, config.rollout)
 
 
 def _concurrency(config: Config, work: Workload, engine: EngineMemory | None) -> Iterator[str]:

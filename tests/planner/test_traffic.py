@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_dppo.planner.engine import engine_parallel
-from megatron_dppo.planner.hardware import GPUS
+from megatron_dppo.planner.hardware import FILE_BANDWIDTH, GPUS
+from megatron_dppo.planner.parameters import stage_parameters
 from megatron_dppo.planner.plan import make_plan
 from megatron_dppo.planner.traffic import LINK_SHARE, step_wires, sync_traffic
 from megatron_dppo.planner.workload import workload_of
 from megatron_dppo.weights.engine_layout import engine_layout
-from megatron_dppo.weights.layout import megatron_layout
+from megatron_dppo.weights.layout import Parallel, megatron_layout
 from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import sync_plan
 from tests.planner.configs import config, shape
@@ -114,3 +116,49 @@ def test_engines_of_others_have_no_sync_and_no_rollout() -> None:
     plan = make_plan(settings, arch)
     assert plan.estimate is not None and plan.estimate.sync is None
     assert "rollout" not in plan.estimate.time.terms
+
+
+def test_evaluation_and_checkpoints_are_terms_of_a_step(tmp_path: Path) -> None:
+    arch = shape("Qwen3-30B-A3B-Base")
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("{}\n" * 60 + "\n")
+
+    def terms(path: str, **evaluation: Any) -> dict[str, float]:
+        sections = {
+            "evaluation": {"samples": 32, "greedy": False, "every": 5, **evaluation},
+            "checkpoint": {"every": 5},
+        }
+        estimate = make_plan(config(data={"eval": path}, **sections), arch).estimate
+        assert estimate is not None
+        return estimate.time.terms
+
+    # before, after 5 and after all 10 steps, of 60 x 32 samples as long as the 1024 of a step
+    found = terms(str(held_out))
+    assert found["evaluation"] == pytest.approx(found["rollout"] * 3 / 10 * 60 * 32 / 1024, rel=0.01)
+    assert terms("/nowhere/x.jsonl", prompts=60) == found  # not there: as many as `prompts`
+    assert terms(str(held_out), prompts=30)["evaluation"] == pytest.approx(found["evaluation"] / 2)
+    assert terms(str(held_out), greedy=True)["evaluation"] == pytest.approx(found["evaluation"] * 33 / 32)
+    parameters = stage_parameters(arch, Parallel(), 0).trained
+    assert found["checkpoint"] == pytest.approx(14 * parameters / FILE_BANDWIDTH["disk"] / 5)  # 8 ranks, of one node
+    assert not {"evaluation", "checkpoint"} & make_plan(config(), arch).estimate.time.terms.keys()  # type: ignore[union-attr]
+
+
+def test_rollouts_hide_behind_training_only_on_devices_of_their_own() -> None:
+    arch = shape("Qwen3-30B-A3B-Base")
+    stale = {"max_staleness": 2}
+    own = make_plan(config(rollout=stale), arch).estimate
+    alone = {"cluster": {"nodes": 1, "engine_nodes": 0, "device": "h200"}, "parallel": {"ranks": 8}}
+    shared = make_plan(config(rollout=stale | {"engines": 2}, **alone), arch).estimate
+    assert own is not None and shared is not None
+    assert own.time.hidden > 0
+    assert shared.time.hidden == 0
+
+
+def test_latents_are_gathered_not_hidden_states() -> None:
+    arch = shape("DeepSeek-V3")
+    settings = config(parallel={"tensor": 4, "expert": 1, "ranks": 16}, training={"recompute": "none"})
+    work = workload_of(settings)
+    rows = work.total_tokens / 4 / 4  # of a replica, of a tensor rank
+    latents, hidden = 1536 + 512 + 64, 7168
+    numbers = 61 * (3 * latents + 2 * hidden) + 61 * 5 * hidden  # 3 dense MLPs and 58 shared experts
+    assert step_wires(settings, arch, H100, work)["tensor"].bytes == pytest.approx(numbers * rows * 2 * 3)
