@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -360,9 +361,14 @@ class Config(Section):
 
 def objective_of(config: Config) -> Objective:
     """The objective that the config names, with its overrides."""
+    return _objective(config.objective)
+
+
+@lru_cache(maxsize=64)
+def _objective(section: ObjectiveConfig) -> Objective:
+    """Kept, for a planner asks thousands of times."""
     from megatron_dppo.algorithm.objectives import make_objective  # torch is not needed to read a config
 
-    section = config.objective
     return make_objective(section.name, preset=section.preset, **section.overrides)
 
 

@@ -17,7 +17,7 @@ from megatron_dppo.weights.layout import uneven_chunks
 
 Overrides = Mapping[str, Any]  # dotted keys, as on the command line
 RECOMPUTES = ("none", "selective", "full")  # dearer from left to right
-ENGINE_SHARES = (0.25, 0.5, 0.75)  # of a node's devices or of all nodes, that engines are tried with
+ENGINE_SHARES = (0.25, 0.5, 0.75)  # of all nodes, that engines are tried with
 MOST_CANDIDATES = 400  # of the fastest, that are planned as a whole
 
 
@@ -106,7 +106,7 @@ def _places(config: Config, nodes: int, devices: int) -> Iterator[dict[str, Any]
     if nodes == 1:  # an engine shares its devices with ranks
         yield base | {"parallel.ranks": devices, "rollout.engines": min(rollout.engines, devices // rollout.tensor)}
     own = rollout.engines * rollout.tensor // cluster.nodes
-    for engines in sorted({own, *(round(devices * share) for share in ENGINE_SHARES)}):
+    for engines in sorted({own, devices // 2}):
         if 0 < engines < devices and engines % rollout.tensor == 0:
             ranks, number = nodes * (devices - engines), nodes * engines // rollout.tensor
             yield base | {"parallel.ranks": ranks, "rollout.engines": number}
@@ -123,7 +123,7 @@ def _in_all(config: Config, arch: Architecture, layouts: Sequence[Overrides]) ->
     device = device_of(config.cluster, 1)
     common: set[str] | None = None
     for layout in layouts:
-        for engines in _engines(with_overrides(config, layout)) if layout is layouts[0] else ({},):
+        for engines in engine_choices(with_overrides(config, layout)) if layout is layouts[0] else ({},):
             broken = violations(with_overrides(config, {**longest, **layout, **engines}), arch, device)
             common = set(broken) if common is None else common & set(broken)
         if not common:
@@ -131,7 +131,7 @@ def _in_all(config: Config, arch: Architecture, layouts: Sequence[Overrides]) ->
     return tuple(sorted(common or ()))
 
 
-def _engines(config: Config) -> Iterator[dict[str, Any]]:
+def engine_choices(config: Config) -> Iterator[dict[str, Any]]:
     """Tensor degrees of engines on as many devices, within a node; first as they are."""
     rollout = config.rollout
     yield {"rollout.tensor": rollout.tensor, "rollout.engines": rollout.engines}
@@ -152,7 +152,7 @@ def _fastest(
             if candidate := _least_recompute(config, arch, {**place, **layout, **tokens}):
                 found.append(candidate)
     found.sort(key=lambda candidate: candidate[0])
-    engines = list(_engines(with_overrides(config, place)))
+    engines = list(engine_choices(with_overrides(config, place)))
     suggestions: dict[tuple[Any, ...], Suggestion] = {}
     for _, overrides in found[:MOST_CANDIDATES]:
         degrees = tuple(overrides[f"parallel.{name}"] for name in ("tensor", "context", "pipeline", "expert"))

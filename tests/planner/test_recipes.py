@@ -12,7 +12,7 @@ from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config_loading import load_config, save_config
 from megatron_dppo.cut import cut_config, cut_model, cut_parallel
 from megatron_dppo.planner.plan import HEADROOM, make_plan, plan_recipe
-from megatron_dppo.planner.suggest import _engines, with_overrides
+from megatron_dppo.planner.suggest import engine_choices, with_overrides
 from tools.make_quickstart_input import write_initial_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -36,7 +36,7 @@ def test_no_other_engines_on_as_many_devices_are_much_faster(path: Path) -> None
     plan = plan_recipe(path, ["lora.rank=0", "lora.alpha=null"])
     assert plan.config is not None and plan.arch is not None and plan.estimate is not None
     assert plan.memory is not None and plan.memory.worst.needed <= HEADROOM * plan.memory.limit
-    for engines in _engines(plan.config):
+    for engines in engine_choices(plan.config):
         other = make_plan(with_overrides(plan.config, engines), plan.arch)
         if other.fits:
             assert other.estimate is not None
