@@ -12,7 +12,7 @@ from megatron_dppo.config import Config
 from megatron_dppo.planner.hardware import device_of
 from megatron_dppo.planner.plan import HEADROOM, MEMORY, Memory, Plan, estimate_of, make_plan, memory_of
 from megatron_dppo.planner.rules import violations
-from megatron_dppo.planner.workload import workload_of
+from megatron_dppo.planner.workload import Workload, workload_of
 from megatron_dppo.weights.layout import uneven_chunks
 
 Overrides = Mapping[str, Any]  # dotted keys, as on the command line
@@ -117,17 +117,17 @@ def _places(config: Config, nodes: int, devices: int) -> Iterator[dict[str, Any]
             yield base | place | {"parallel.ranks": ranks, "rollout.engines": number}
 
 
-def _in_all(config: Config, arch: Architecture, layouts: Sequence[Overrides]) -> tuple[str, ...]:
+def _in_all(config: Config, arch: Architecture, layouts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Faults that every layout has, with the engines that it has and with others."""
     longest = {"training.micro_batch_tokens": _longest(config, 8, 8)}  # the search sets it
     device = device_of(config.cluster, 1)
+    first = [layouts[0] | engines for engines in engine_choices(with_overrides(config, layouts[0]))] if layouts else []
     common: set[str] | None = None
-    for layout in layouts:
-        for engines in engine_choices(with_overrides(config, layout)) if layout is layouts[0] else ({},):
-            broken = violations(with_overrides(config, {**longest, **layout, **engines}), arch, device)
-            common = set(broken) if common is None else common & set(broken)
+    for layout in (*first, *layouts[1:]):
+        broken = set(violations(with_overrides(config, {**longest, **layout}), arch, device))
+        common = broken if common is None else common & broken
         if not common:
-            return ()
+            break
     return tuple(sorted(common or ()))
 
 
@@ -191,10 +191,13 @@ def fixes(plan: Plan, most: int = 3) -> list[Suggestion]:
 
 def with_overrides(config: Config, overrides: Overrides) -> Config:
     """The config with `section.key` values replaced; they are not validated again."""
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         section, name = key.split(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    return config
+        changes.setdefault(section, {})[name] = value
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
+    )
 
 
 def _different(config: Config, overrides: Overrides) -> Overrides:
@@ -272,19 +275,21 @@ def _least_recompute(config: Config, arch: Architecture, overrides: Overrides) -
     """Seconds of a step and settings, with the least recomputation under which the memory is enough."""
     device = device_of(config.cluster, 1)
 
-    def tried(recompute: str) -> tuple[float, Overrides] | None:
-        chosen = {**overrides, "training.recompute": recompute}
-        changed = with_overrides(config, chosen)
-        work = workload_of(changed)
-        memory: Memory = memory_of(changed, arch, device, work)
-        if memory.worst.needed > HEADROOM * memory.limit:
-            return None
-        return estimate_of(changed, arch, device, work, memory).time.total, chosen
+    def changed(recompute: str) -> tuple[Config, Workload, Memory]:
+        settings = with_overrides(config, {**overrides, "training.recompute": recompute})
+        work = workload_of(settings)
+        return settings, work, memory_of(settings, arch, device, work)
 
-    most = tried(RECOMPUTES[-1])
-    if most is None:  # as most layouts of a large model
+    def fits(recompute: str) -> bool:
+        memory = changed(recompute)[2]
+        return memory.worst.needed <= HEADROOM * memory.limit
+
+    if not fits(RECOMPUTES[-1]):  # as most layouts of a large model
         return None
-    return next(filter(None, map(tried, RECOMPUTES[:-1])), most)
+    least = next(filter(fits, RECOMPUTES[:-1]), RECOMPUTES[-1])
+    settings, work, memory = changed(least)
+    seconds = estimate_of(settings, arch, device, work, memory).time.total
+    return seconds, {**overrides, "training.recompute": least}
 
 
 def _yaml(value: Any) -> str:
