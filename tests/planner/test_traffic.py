@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_dppo.config_rules import SETTING_RULES, broken_rules
 from megatron_dppo.planner.engine import engine_parallel
 from megatron_dppo.planner.hardware import FILE_BANDWIDTH, GPUS
 from megatron_dppo.planner.parameters import stage_parameters
 from megatron_dppo.planner.plan import make_plan
 from megatron_dppo.planner.traffic import LINK_SHARE, step_wires, sync_traffic
 from megatron_dppo.planner.workload import workload_of
-from megatron_dppo.weights.engine_layout import engine_layout
+from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.layout import Parallel, megatron_layout
 from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import sync_plan
@@ -71,6 +72,30 @@ def test_a_bucket_is_sent_by_those_who_hold_it(parallel: dict[str, int], workers
         moved = [np.bincount(end[rows], plan.nbytes[rows]).max() for end in (plan.src_rank, plan.dst)]
         busiest += int(max(moved))
     assert sync_traffic(settings, arch, H100).busiest_bytes == pytest.approx(busiest, rel=0.35)
+
+
+@pytest.mark.parametrize("arch", [SMALL, LATENT], ids=["grouped", "latent"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_smallest_bucket_that_the_rule_takes_is_the_smallest_that_is_sent(arch: Any, tensor: int) -> None:
+    def faults(bucket_bytes: int) -> list[str]:
+        settings = config(rollout={"tensor": tensor}, sync={"bucket_mib": bucket_bytes / 2**20})
+        return broken_rules(
+            {"sync": settings.sync, "rollout": settings.rollout, "model": settings.model}, SETTING_RULES, arch
+        )
+
+    def planned(bucket_bytes: int) -> bool:
+        engine = EngineParallel(tensor=tensor)
+        receivers = [list(engine_layout(arch, engine, worker)) for worker in range(tensor)]
+        senders = [list(megatron_layout(arch, Parallel(), 0))]
+        try:
+            sync_plan(senders, receivers, hub_dtypes(arch, "bfloat16"), bucket_bytes=bucket_bytes)
+        except ValueError:
+            return False
+        return True
+
+    least = next(size for size in range(4, 1 << 14, 4) if planned(size))
+    assert faults(least) == []
+    assert [text.split(":")[0] for text in faults(least - 4)] == ["sync.bucket_mib"]
 
 
 def test_collectives_of_qwen3_30b_by_hand() -> None:
