@@ -119,11 +119,11 @@ def plan(
     if mending:
         print_suggestions("fits with", mending)
     if layouts is not None:
-        print_suggestions(f"layouts for {suggest}", layouts)
+        print_suggestions(f"layouts for {suggest}", layouts.found, layouts.unmended)
     if as_json:
-        more = {"fixes": [fix.as_json() for fix in mending]}
+        more: dict[str, Any] = {"fixes": [fix.as_json() for fix in mending]}
         if layouts is not None:
-            more["suggestions"] = [layout.as_json() for layout in layouts]
+            more["suggestions"] = [layout.as_json() for layout in layouts.found]
         typer.echo(json.dumps(found.as_json() | more))
     if not found.fits:
         raise typer.Exit(CONFIG_FAULT)

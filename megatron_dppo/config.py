@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +51,8 @@ class ParallelConfig(Section):
     expert_tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     virtual: int = Field(1, ge=1)  # chunks of layers on each pipeline rank
-    chunk_layers: tuple[int, ...] | None = None  # of chunk v of rank p at place v x pipeline + p; null: all alike
+    # of chunk v of rank p at place v x pipeline + p, 0 allowed; null: all alike
+    chunk_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     context: int = Field(1, ge=1)  # ranks that share each sequence; needs training.packed
     ranks: int = Field(1, ge=1)
     sequence_parallel: Literal["auto", True, False] = "auto"  # auto: where tensor > 1
@@ -359,9 +361,14 @@ class Config(Section):
 
 def objective_of(config: Config) -> Objective:
     """The objective that the config names, with its overrides."""
+    return _objective(config.objective)
+
+
+@lru_cache(maxsize=64)
+def _objective(section: ObjectiveConfig) -> Objective:
+    """Kept, for a planner asks thousands of times."""
     from megatron_dppo.algorithm.objectives import make_objective  # torch is not needed to read a config
 
-    section = config.objective
     return make_objective(section.name, preset=section.preset, **section.overrides)
 
 

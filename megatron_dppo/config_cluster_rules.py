@@ -38,7 +38,7 @@ def _gpus(parallel: ParallelConfig, cluster: ClusterConfig) -> Iterator[str]:
 
 
 def _engine_nodes(parallel: ParallelConfig, cluster: ClusterConfig, rollout: RolloutConfig) -> Iterator[str]:
-    """Engines that a job of several machines starts have GPUs of their own."""
+    """No two engines that a job starts share a GPU. Ranks and engines do, where all are on one machine."""
     if rollout.urls:
         if cluster.engine_nodes:
             yield f"cluster.engine_nodes: got {cluster.engine_nodes}, expected 0: engines of rollout.urls run already"
@@ -50,7 +50,7 @@ def _engine_nodes(parallel: ParallelConfig, cluster: ClusterConfig, rollout: Rol
             f"rollout.engines: got {rollout.engines}, expected at least {-(-cluster.engine_nodes // over)}: none of "
             f"cluster.engine_nodes {cluster.engine_nodes} is without one"
         )
-    if gpus is None or cluster.machines == 1:
+    if gpus is None:
         return
     if over > 1 and (rollout.tensor % gpus or not cluster.engine_nodes):
         yield (
@@ -58,13 +58,17 @@ def _engine_nodes(parallel: ParallelConfig, cluster: ClusterConfig, rollout: Rol
             "nodes of its own (cluster.engine_nodes)"
         )
         return
-    free = gpus if cluster.engine_nodes else gpus - -(-parallel.ranks // cluster.nodes)
-    on_each = max(free, 0) // rollout.tensor if over == 1 else 1
+    if cluster.engine_nodes:
+        free, whose = gpus, f"cluster.engine_nodes {cluster.engine_nodes} have"
+    elif cluster.machines == 1:
+        free, whose = gpus, f"the {gpus} GPUs of one machine have room for, beside ranks or not"
+    else:
+        free, whose = max(gpus - -(-parallel.ranks // cluster.nodes), 0), "ranks leave on nodes"
+    on_each = free // rollout.tensor if over == 1 else 1
     room = (cluster.engine_nodes or cluster.nodes) // over * on_each
     if rollout.engines > room:
         yield (
-            f"rollout.engines: got {rollout.engines} of {rollout.tensor} GPUs, expected at most {room}: what "
-            + (f"cluster.engine_nodes {cluster.engine_nodes} have" if cluster.engine_nodes else "ranks leave on nodes")
+            f"rollout.engines: got {rollout.engines} of {rollout.tensor} GPUs, expected at most {room}: what {whose}"
         )
 
 

@@ -26,10 +26,10 @@ from megatron_dppo.files import replacing
 
 
 class ConfigError(ValueError):
-    """A config that cannot run; `faults` holds one line for each thing to mend."""
+    """A config that cannot run; `faults` holds one line for each thing to mend, `sections` what could be read of it."""
 
-    def __init__(self, source: str, faults: Sequence[str]):
-        self.faults = list(faults)
+    def __init__(self, source: str, faults: Sequence[str], sections: Mapping[str, BaseModel] | None = None):
+        self.faults, self.sections = list(faults), dict(sections or {})
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {fault}" for fault in self.faults)]))
 
@@ -56,12 +56,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), rules: Sequence
     else:
         if not faults:
             return config
-    raise ConfigError(str(path), faults + broken_rules(_readable_sections(raw), rules))
+    sections = _readable_sections(raw)
+    raise ConfigError(str(path), faults + broken_rules(sections, rules), sections)
 
 
 def check_config(config: Config, rules: Sequence[Rule] = RULES) -> list[str]:
     """Every fault that the types cannot see: between fields, of files, of the model and its tokenizer."""
-    return broken_rules({name: getattr(config, name) for name in Config.model_fields}, rules)
+    return broken_rules(sections_of(config), rules)
+
+
+def sections_of(config: Config) -> dict[str, Any]:
+    """By name, as rules take them."""
+    return {name: getattr(config, name) for name in Config.model_fields}
 
 
 def validate_or_raise(config: Config, rules: Sequence[Rule] = RULES) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config_file_rules import few
-from megatron_dppo.weights.engine_layout import EngineParallel, indivisible
+from megatron_dppo.rollout.engine import UPDATE_DTYPES
+from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout, indivisible
 
 if TYPE_CHECKING:
-    from megatron_dppo.config import ClusterConfig, RolloutConfig, SyncConfig
+    from megatron_dppo.config import ClusterConfig, ModelConfig, RolloutConfig, SyncConfig
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
 VLLM_CPU_LATENT_SIZE = 576
@@ -47,6 +51,27 @@ def _transport(rollout: RolloutConfig, sync: SyncConfig, cluster: ClusterConfig)
         yield f"sync.transport: got {sync.transport}, expected group or disk: {reason}"
     if sync.transport == "disk" and far and sync.dir is None:
         yield f"sync.dir: missing, {few(far)} must see it too"
+
+
+def _bucket(sync: SyncConfig, rollout: RolloutConfig, model: ModelConfig, arch: Architecture) -> Iterator[str]:
+    """What a worker receives at a time has room for two rows of every tensor (`weights.plan.sync_plan`)."""
+    # Of other engines' layout nothing is known: their rows may be whole.
+    engine = EngineParallel(tensor=1 if rollout.urls else rollout.tensor)
+    if sync.transport in ("shm", "disk") or any(indivisible(arch, engine)):
+        return
+    columns = _longest_row(arch, engine)
+    least = 2 * columns * UPDATE_DTYPES[model.dtype]
+    if sync.bucket_bytes < least:
+        mib = math.ceil(1e4 * least / (1 << 20)) / 1e4
+        yield f"sync.bucket_mib: got {sync.bucket_mib:g}, expected at least {mib:g}: two rows of {columns} numbers"
+
+
+@lru_cache(maxsize=64)
+def _longest_row(arch: Architecture, engine: EngineParallel) -> int:
+    """Numbers in a row of what a worker keeps, from one layer of each kind."""
+    kinds = tuple(sorted(set(arch.moe_layers)))
+    boxes = engine_layout(replace(arch, num_layers=len(kinds), moe_layers=kinds), engine, 0)
+    return max(box.stop[1] - box.start[1] for box in boxes if len(box.start) > 1)
 
 
 def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
@@ -98,5 +123,5 @@ def _engine_model(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
         )
 
 
-ROLLOUT_RULES = (_sampling, _transport, _engine_layout, _engine_model)
+ROLLOUT_RULES = (_sampling, _transport, _bucket, _engine_layout, _engine_model)
 ENGINE_MACHINE_RULES = (_engine,)  # of the machine that this runs on

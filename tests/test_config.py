@@ -346,6 +346,7 @@ def test_bad_overrides_are_faults(recipe: dict[str, Any], tmp_path: Path) -> Non
             "reward.markr=x",
             "rollout.seed=1",
             "training.lr=.nan",
+            "parallel.chunk_layers=[-1, 3]",
         )
     assert caught.value.faults[:2] == [
         "override 'steps': expected key.path=value, as in training.steps=50",
@@ -355,6 +356,7 @@ def test_bad_overrides_are_faults(recipe: dict[str, Any], tmp_path: Path) -> Non
         "reward.markr: unknown key, did you mean reward.marker?",
         "rollout.seed: unknown key, did you mean run.seed?",
         "training.lr: got nan, input should be a finite number",
+        "parallel.chunk_layers.0: got -1, input should be greater than or equal to 0",
     }
 
 

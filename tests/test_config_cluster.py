@@ -40,6 +40,23 @@ SIXTEEN = ["cluster.nodes=2", "parallel.ranks=16", H100]
         ),
         ([*SIXTEEN], "rollout.engines: got 1 of 1 GPUs, expected at most 0: what ranks leave on nodes"),
         (["cluster.nodes=2", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4", H100], None),
+        (["parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4", H100], None),  # ranks share their GPUs
+        (
+            ["parallel.ranks=8", "rollout.engines=4", "rollout.tensor=4", H100],
+            "rollout.engines: got 4 of 4 GPUs, expected at most 2: what the 8 GPUs of one machine have room for, "
+            "beside ranks or not",
+        ),
+        (
+            ["rollout.engines=9", H100],
+            "rollout.engines: got 9 of 1 GPUs, expected at most 8: what the 8 GPUs of one machine have room for, "
+            "beside ranks or not",
+        ),
+        (
+            ["parallel.ranks=8", "rollout.tensor=16", H100],
+            "rollout.tensor: got 16, expected at most a node's 8 GPUs, or a multiple of them on nodes of its own "
+            "(cluster.engine_nodes)",
+        ),
+        (["rollout.engines=9", "cluster.device=cpu"], None),
         (
             ["cluster.engine_nodes=2"],
             "rollout.engines: got 1, expected at least 2: none of cluster.engine_nodes 2 is without one",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megatron_dppo.config import ClusterConfig
 
 GIB = 1 << 30
+# Bytes a second of a node that writes files, and of one that reads them; of a shared file system, assumed.
+FILE_BANDWIDTH = {"shm": 4e9, "disk": 1e9}
 CPU_FLOPS_A_CORE = 57e9  # float32 matrix products, measured: benchmarks/trainer.md (115e9 on two cores)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, num_recorded_topk, objective_of
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.planner.activations import (
     Layers,
@@ -37,9 +37,10 @@ ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam
 class RankMemory:
     """Bytes on the device of each rank of pipeline stage `stage`; `host` on its machine, for each rank.
 
-    `activations`: kept for backward, of all micro-batches in flight. `logits`: what the policy head has at once beside.
-    `working`: of a layer's backward, or recomputed. `scratch`: of the gradients' reduction, and the optimizer's.
-    `checkpoint_host`: of the replica that gathers the optimizer's state while a checkpoint is written.
+    `recorded`: what is known of a step's tokens before its weights move. `activations`: kept for backward, of all
+    micro-batches in flight. `logits`: what the policy head has at once beside. `working`: of a layer's backward, or
+    recomputed. `scratch`: of the gradients' reduction, and the optimizer's. `checkpoint_host`: of the replica that
+    gathers the optimizer's state while a checkpoint is written.
     """
 
     stage: int
@@ -49,6 +50,7 @@ class RankMemory:
     reference: int
     staging: int
     routes: int
+    recorded: int
     activations: int
     logits: int
     working: int
@@ -65,8 +67,8 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """What tensors take at most; `overhead` comes on top."""
-        step = self.routes + self.activations + max(self.logits, self.working)
-        return self.standing + max(step, self.scratch)
+        of_step = self.routes + self.recorded
+        return self.standing + of_step + max(self.activations + max(self.logits, self.working), self.scratch)
 
     @property
     def needed(self) -> int:
@@ -101,6 +103,7 @@ def rank_memory(config: Config, arch: Architecture, device: Device, work: Worklo
         reference=weights if config.loss.kl.coefficient else 0,
         staging=_staging(config, weights),
         routes=_routes(config, arch, layers, work, stage),
+        recorded=_recorded(config, work, stage == parallel.pipeline - 1),
         activations=kept,
         logits=_logits(config, arch, device, layers, work) if stage == parallel.pipeline - 1 else 0,
         working=working,
@@ -171,6 +174,18 @@ def _routes(config: Config, arch: Architecture, layers: Layers, work: Workload, 
     tokens = -(-work.samples // parallel.data) * work.longest / parallel.context / layers.sequence_shares
     moe = sum(arch.moe_layers[layer] for chunk in _layers_of(config, arch, stage) for layer in chunk)
     return round(tokens * (moe * arch.num_experts_per_tok * ids + 1))
+
+
+def _recorded(config: Config, work: Workload, is_last_stage: bool) -> int:
+    """Float32 numbers of all sampled tokens of a step (`trainer._rollout_tokens`): advantage, the engine's log-prob and
+    its K + 1 most probable ones; on the last stage the old policy's of an anchor, and a reference's log-prob."""
+    top_k = num_recorded_topk(config)
+    sampled = 1 + (top_k + 1 if top_k else 0)
+    numbers = 1 + sampled
+    if is_last_stage:
+        numbers += (sampled if objective_of(config).anchor == "recomputed" else 0) + bool(config.loss.kl.coefficient)
+    samples = -(-work.samples // config.parallel.data)
+    return 4 * numbers * samples * config.rollout.max_response_tokens // config.parallel.context
 
 
 def _layers_of(config: Config, arch: Architecture, stage: int) -> list[range]:

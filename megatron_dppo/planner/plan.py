@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import ConfigError, load_config
-from megatron_dppo.config_rules import SETTING_RULES
+from megatron_dppo.config_loading import ConfigError, load_config, sections_of
 from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages
-from megatron_dppo.planner.rules import advice, violations
+from megatron_dppo.planner.rules import advice, broken_sections, violations
 from megatron_dppo.planner.shapes import find_architecture
 from megatron_dppo.planner.step_time import StepTime, step_time
 from megatron_dppo.planner.traffic import Sync, Wire, step_wires, sync_traffic
@@ -22,6 +21,7 @@ from megatron_dppo.planner.workload import Workload, shares_devices, workload_of
 from megatron_dppo.weights.engine_layout import indivisible
 
 MEMORY = "memory of "  # what a violation begins with that no rule is
+HEADROOM = 0.92  # of a device that a rank should fill at most: experts are not even, and the model is not exact
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,28 @@ class Plan:
 
 
 def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Reads and plans a recipe; what cannot be read is its violations."""
+    """Reads and plans a recipe. Where it cannot be read as a whole, what is broken of the rest is said all the same."""
+    config, faults = None, []
     try:
-        config = load_config(path, overrides, SETTING_RULES)
+        config = load_config(path, overrides, ())
+        sections: Mapping[str, Any] = sections_of(config)
     except ConfigError as error:
-        return Plan(None, None, None, None, tuple(error.faults))
-    try:
-        arch, _ = find_architecture(config.model.path, path)
-    except ValueError as error:
-        return Plan(config, None, None, None, (str(error),))
-    return make_plan(config, arch)
+        sections, faults = error.sections, error.faults
+    arch = None
+    if "model" in sections:
+        try:
+            arch, _ = find_architecture(sections["model"].path, path)
+        except ValueError as error:
+            faults.append(str(error))
+    if config is not None and arch is not None:
+        return make_plan(config, arch)
+    device = device_of(sections["cluster"], 1) if "cluster" in sections else None
+    faults += broken_sections(sections, arch, device)
+    return Plan(config, arch, device, None, tuple(dict.fromkeys(faults)))  # a model's fault is said by rules, too
 
 
 def make_plan(config: Config, arch: Architecture) -> Plan:
-    """Pure, but for what `cluster.device: auto` asks of this machine."""
+    """Pure, but for what `cluster.device: auto` asks of this machine, and the lines of `data.eval`'s files."""
     device = device_of(config.cluster, _processes_per_node(config))
     broken = violations(config, arch, device)
     try:
@@ -107,7 +115,7 @@ def make_plan(config: Config, arch: Architecture) -> Plan:
     except ValueError as error:  # a rule says it, unless none does
         return Plan(config, arch, device, None, tuple(broken or [str(error)]))
     broken += _too_little_memory(config, device, memory)
-    better = tuple(advice(config, arch, device, work, memory.engine))
+    better = (*advice(config, arch, device, work, memory.engine), *_little_headroom(memory, device))
     return Plan(config, arch, device, work, tuple(broken), better, memory, estimate)
 
 
@@ -133,6 +141,16 @@ def _processes_per_node(config: Config) -> int:
     cluster, rollout = config.cluster, config.rollout
     engines = 0 if rollout.urls or cluster.engine_nodes else rollout.engines * rollout.tensor
     return -(-(config.parallel.ranks + engines) // cluster.nodes)
+
+
+def _little_headroom(memory: Memory, device: Device) -> Iterator[str]:
+    share = memory.worst.needed / memory.limit
+    if device.is_gpu and HEADROOM < share <= 1:
+        yield (
+            f"{MEMORY}a rank: {memory.worst.needed / GIB:.1f} GiB of {memory.limit / GIB:.1f} are {share:.0%}, at most "
+            f"{HEADROOM:.0%} leave room for uneven experts and what is not planned exactly: recompute more, or smaller "
+            "training.micro_batch_tokens"
+        )
 
 
 def _too_little_memory(config: Config, device: Device, memory: Memory) -> Iterator[str]:

@@ -21,6 +21,7 @@ KINDS = {
     "reference": "reference model",
     "staging": "buckets of the weight sync",
     "routes": "recorded routes",
+    "recorded": "recorded log-probs",
     "activations": "activations kept for backward",
     "logits": "policy head",
     "working": "a layer's backward",
@@ -49,15 +50,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
 
 
-def print_suggestions(title: str, suggestions: Sequence[Suggestion], console: Console | None = None) -> None:
-    """What one can paste behind the recipe, with what comes of it."""
+def print_suggestions(
+    title: str, suggestions: Sequence[Suggestion], unmended: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """What one can paste behind the recipe, with what comes of it; or why there is nothing (`unmended`)."""
     console = console or Console(soft_wrap=True, highlight=False)
-    console.print(f"{title}: seconds of a step, GiB of a rank, overrides", style="bold")
-    for suggestion in suggestions:
-        line = f"  {suggestion.seconds:8.4g} s {suggestion.needed / GIB:7.1f} GiB  {suggestion.command_line()}"
+    console.print(f"{title}: seconds of a step, GiB of a rank, devices, overrides", style="bold")
+    for each in suggestions:
+        line = f"  {each.seconds:8.4g} s {each.needed / GIB:7.1f} GiB  {each.used}  {each.command_line()}"
         console.print(line, markup=False)
     if not suggestions:
-        console.print("  none was found")
+        console.print("  none was found: no layout mends this" if unmended else "  none was found")
+    for text in unmended:
+        console.print(f"  {text}", markup=False)
 
 
 def _title(plan: Plan) -> Iterator[str]:

@@ -6,10 +6,13 @@ check, too; these are the planner's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_dppo.config_cluster_rules import startable
+from megatron_dppo.config_loading import sections_of
 from megatron_dppo.config_rules import SETTING_RULES, Rule, broken_rules, machine_rules
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
@@ -21,8 +24,14 @@ FEW_MICRO_BATCHES = 4  # a pipeline stage: with fewer, more than a fifth of the 
 
 def violations(config: Config, arch: Architecture, device: Device) -> list[str]:
     """Every broken rule of the settings, of the cluster and, where the device is this machine's, of the machine."""
-    sections = {name: getattr(config, name) for name in Config.model_fields} | {"device": device}
-    return broken_rules(sections, (*machine_rules(config.cluster), *SETTING_RULES, *PLANNER_RULES), arch)
+    return broken_sections(sections_of(config), arch, device)
+
+
+def broken_sections(sections: Mapping[str, Any], arch: Architecture | None, device: Device | None) -> list[str]:
+    """The same of what could be read: the rules that need more are not run."""
+    known = dict(sections) | ({} if device is None else {"device": device})
+    rules = (*machine_rules(sections["cluster"]), *SETTING_RULES) if "cluster" in sections else SETTING_RULES
+    return broken_rules(known, (*rules, *PLANNER_RULES), arch)
 
 
 def _within_node(parallel: ParallelConfig, cluster: ClusterConfig, device: Device) -> Iterator[str]:
@@ -81,6 +90,7 @@ def advice(
         *_bubble(config, work),
         *_idle_engines(config, device),
         *_experts_over_network(config, arch, device),
+        *_large_engines(config, device),
         *_concurrency(config, work, engine),
     ]
 
@@ -100,6 +110,12 @@ def _idle_engines(config: Config, device: Device) -> Iterator[str]:
     room = _room(cluster, rollout)
     if device.is_gpu and cluster.engine_nodes and not rollout.urls and rollout.engines < room:
         yield f"rollout.engines: {rollout.engines} leave devices of the engine nodes idle, which hold {room}"
+
+
+def _large_engines(config: Config, device: Device) -> Iterator[str]:
+    """What launchers refuse is planned all the same: others may start it."""
+    if device.is_gpu and config.cluster.engine_nodes:
+        yield from startable(config.cluster, config.rollout)
 
 
 def _concurrency(config: Config, work: Workload, engine: EngineMemory | None) -> Iterator[str]:

@@ -13,12 +13,12 @@ import numpy as np
 from megatron_dppo.architecture import Architecture, forward_flops
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.planner.engine import EngineMemory
-from megatron_dppo.planner.hardware import Device
+from megatron_dppo.planner.hardware import FILE_BANDWIDTH, Device
 from megatron_dppo.planner.memory import ITEMSIZE, expert_data
 from megatron_dppo.planner.parameters import stage_parameters
 from megatron_dppo.planner.traffic import Sync, Wire
-from megatron_dppo.planner.workload import MEAN_PROMPT, MEAN_RESPONSE, Workload
-from megatron_dppo.weights.layout import chunk_layers
+from megatron_dppo.planner.workload import MEAN_PROMPT, MEAN_RESPONSE, Workload, evaluation_samples, shares_devices
+from megatron_dppo.weights.layout import Parallel, chunk_layers
 
 DECODE_SHARE = 0.6  # of the memory's bandwidth
 LAYER_LATENCY_S = 15e-6  # of the two all-reduces of a layer under an engine's tensor parallelism, and its launches
@@ -70,11 +70,19 @@ def step_time(
     trained = sum(train.values())
     terms: dict[str, float] = {}
     if engine is not None:
-        terms["rollout"] = rollout_seconds(config, arch, device, engine, work)
+        terms["rollout"] = sampling_seconds(
+            config, arch, device, engine, work.samples, config.rollout.max_response_tokens
+        )
     if sync is not None:
         terms["sync"] = sync.seconds
-    hidden = min(terms.get("rollout", 0.0), trained) if config.rollout.max_staleness else 0.0
+    # On the same devices one waits for the other, however stale samples may be.
+    at_once = config.rollout.max_staleness and not shares_devices(config)
+    hidden = min(terms.get("rollout", 0.0), trained) if at_once else 0.0
     terms |= train
+    if engine is not None and config.data.eval:
+        terms["evaluation"] = _evaluation_seconds(config, arch, device, engine)
+    if config.checkpoint.every:
+        terms["checkpoint"] = checkpoint_bytes(config, arch) / config.checkpoint.every / _writing_bandwidth(config)
     total = sum(terms.values()) - hidden
     cluster = config.cluster
     devices = (cluster.nodes + cluster.engine_nodes) * cluster.devices_per_node if device.is_gpu else p.ranks
@@ -116,13 +124,39 @@ def _optimizer_seconds(config: Config, arch: Architecture, device: Device, work:
     return work.minibatches * ADAM_BYTES * (dense + expert) / bandwidth
 
 
-def rollout_seconds(config: Config, arch: Architecture, device: Device, engine: EngineMemory, work: Workload) -> float:
-    """Of all samples. A decoding step reads the weights once and every sequence's cache; long samples end alone."""
+def _evaluation_seconds(config: Config, arch: Architecture, device: Device, engine: EngineMemory) -> float:
+    """Of a step's share of all evaluations: before, after, and every so many steps."""
+    steps, every = config.training.steps, config.evaluation.every
+    count = 2 + ((steps - 1) // every if every else 0)
+    longest = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
+    return count / steps * sampling_seconds(config, arch, device, engine, evaluation_samples(config), longest)
+
+
+def checkpoint_bytes(config: Config, arch: Architecture) -> int:
+    """Of a whole checkpoint: weights, and Adam's float32 weights and moments."""
+    d = ITEMSIZE[config.model.dtype]
+    return (d + (12 if d == 2 else 8)) * stage_parameters(arch, Parallel(), 0).trained
+
+
+def _writing_bandwidth(config: Config) -> float:
+    """Bytes a second of the nodes that have a rank of the first replica, which writes."""
+    p, cluster = config.parallel, config.cluster
+    writers = p.pipeline * max(p.tensor, p.expert * p.expert_tensor)
+    return FILE_BANDWIDTH["disk"] * min(cluster.nodes, -(-writers * cluster.nodes // p.ranks))
+
+
+def sampling_seconds(
+    config: Config, arch: Architecture, device: Device, engine: EngineMemory, samples: int, longest: int
+) -> float:
+    """Of so many samples of at most `longest` tokens.
+
+    A decoding step reads the weights once and every sequence's cache; long samples end alone.
+    """
     rollout = config.rollout
-    responses = rollout.max_response_tokens * MEAN_RESPONSE
-    context = config.data.max_prompt_tokens * MEAN_PROMPT + responses / 2
-    own = work.samples / rollout.engines
-    room = engine.cache / (engine.kv_bytes_per_token * work.mean_length)
+    prompts, responses = config.data.max_prompt_tokens * MEAN_PROMPT, longest * MEAN_RESPONSE
+    context = prompts + responses / 2
+    own = samples / rollout.engines
+    room = engine.cache / (engine.kv_bytes_per_token * (prompts + responses))
     batch = max(1.0, min(own, rollout.max_concurrency / rollout.engines, room))
     latency = arch.num_layers * LAYER_LATENCY_S
     read = device.memory_bandwidth * DECODE_SHARE
@@ -136,5 +170,5 @@ def rollout_seconds(config: Config, arch: Architecture, device: Device, engine: 
         return max(moved, sequences * active / device.flops) + latency
 
     all_samples = own * responses / batch * step(batch, 1.0)
-    longest = rollout.max_response_tokens * step(1.0, min(1.0, active / 2 * ITEMSIZE[rollout.dtype] / engine.weights))
-    return max(all_samples, longest)
+    alone = longest * step(1.0, min(1.0, active / 2 * ITEMSIZE[rollout.dtype] / engine.weights))
+    return max(all_samples, alone)

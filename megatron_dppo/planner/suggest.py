@@ -10,12 +10,14 @@ from typing import Any
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
 from megatron_dppo.planner.hardware import device_of
-from megatron_dppo.planner.plan import MEMORY, Memory, Plan, estimate_of, make_plan, memory_of
-from megatron_dppo.planner.workload import shares_devices, workload_of
+from megatron_dppo.planner.plan import HEADROOM, MEMORY, Memory, Plan, estimate_of, make_plan, memory_of
+from megatron_dppo.planner.rules import violations
+from megatron_dppo.planner.workload import Workload, workload_of
+from megatron_dppo.weights.layout import uneven_chunks
 
 Overrides = Mapping[str, Any]  # dotted keys, as on the command line
 RECOMPUTES = ("none", "selective", "full")  # dearer from left to right
-HEADROOM = 0.92  # of a device that suggestions fill: experts are not even, and the model is not exact
+ENGINE_SHARES = (0.25, 0.5, 0.75)  # of all nodes, that engines are tried with
 MOST_CANDIDATES = 400  # of the fastest, that are planned as a whole
 
 
@@ -38,13 +40,34 @@ class Suggestion:
         assert self.plan.memory is not None
         return self.plan.memory.worst.needed
 
+    @property
+    def used(self) -> str:
+        """Who has devices."""
+        assert self.plan.config is not None
+        config = self.plan.config
+        engines = "" if config.rollout.urls else f" + {config.rollout.engines} engines of {config.rollout.tensor}"
+        return f"{config.parallel.ranks} ranks{engines}"
+
     def as_json(self) -> dict[str, Any]:
         """For programs."""
-        return {"overrides": self.command_line(), "seconds": self.seconds, "needed": self.needed}
+        return {
+            "overrides": self.command_line(),
+            "seconds": self.seconds,
+            "needed": self.needed,
+            "used": self.used,
+        }
 
     def command_line(self) -> str:
         """To be pasted behind the recipe."""
         return " ".join(f"{key}={_yaml(value)}" for key, value in self.overrides.items())
+
+
+@dataclass(frozen=True)
+class Search:
+    """Layouts that fit, the fastest first; where none does, the faults that all have (none: memory is too small)."""
+
+    found: tuple[Suggestion, ...] = ()
+    unmended: tuple[str, ...] = ()
 
 
 def machines(text: str) -> tuple[int, int]:
@@ -55,36 +78,98 @@ def machines(text: str) -> tuple[int, int]:
     return int(nodes), int(devices)
 
 
-def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> list[Suggestion]:
-    """Layouts for trainer nodes of so many devices, by the estimate of a step's seconds; engines stay as they are.
+def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> Search:
+    """Layouts for so many nodes of the trainer, by the estimate of a step's seconds.
 
     Searched: tensor, pipeline (with uneven stages where the layers do not divide), two virtual stages, context, expert
-    and expert-tensor degrees, tokens of a micro-batch, and the least recomputation that fits. None where the recipe
-    could not be read, or breaks a rule that no layout mends.
+    and expert-tensor degrees, tokens of a micro-batch, and the least recomputation that fits; of engines, the tensor
+    degree on as many devices. Where a recipe has no nodes for engines alone, the nodes are all that there are, and who
+    gets which is searched, too. Of layouts with the same degrees the fastest is named.
     """
     config, arch = plan.config, plan.arch
     if config is None or arch is None:
-        return []
-    original = config
+        return Search(unmended=plan.violations)
+    places = [(place, list(_layouts(with_overrides(config, place), arch))) for place in _places(config, nodes, devices)]
+    if unmended := _in_all(config, arch, [place | layout for place, layouts in places for layout in layouts]):
+        return Search(unmended=unmended)
+    found = [s for place, layouts in places for s in _fastest(config, arch, place, layouts, most)]
+    return Search(tuple(sorted(found, key=lambda s: s.seconds)[:most]))
+
+
+def _places(config: Config, nodes: int, devices: int) -> Iterator[dict[str, Any]]:
+    """Where ranks and engines are on the nodes: settings of machines, ranks and engines."""
+    cluster, rollout = config.cluster, config.rollout
     base = {"cluster.nodes": nodes, "cluster.devices_per_node": devices}
-    config = with_overrides(config, base)
-    ranks = nodes * devices
-    if not (config.cluster.engine_nodes or config.rollout.urls or shares_devices(config)):
-        ranks -= config.rollout.engines * config.rollout.tensor
+    if cluster.engine_nodes or rollout.urls:
+        yield base | {"parallel.ranks": nodes * devices}
+        return
+    if nodes == 1:  # an engine shares its devices with ranks
+        yield base | {"parallel.ranks": devices, "rollout.engines": min(rollout.engines, devices // rollout.tensor)}
+    own = rollout.engines * rollout.tensor // cluster.nodes
+    for engines in sorted({own, devices // 2}):
+        if 0 < engines < devices and engines % rollout.tensor == 0:
+            ranks, number = nodes * (devices - engines), nodes * engines // rollout.tensor
+            yield base | {"parallel.ranks": ranks, "rollout.engines": number}
+    for alone in sorted({round(nodes * share) for share in ENGINE_SHARES}):
+        if 0 < alone < nodes and devices % rollout.tensor == 0:
+            ranks, number = (nodes - alone) * devices, alone * devices // rollout.tensor
+            place = {"cluster.nodes": nodes - alone, "cluster.engine_nodes": alone}
+            yield base | place | {"parallel.ranks": ranks, "rollout.engines": number}
+
+
+def _in_all(config: Config, arch: Architecture, layouts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Faults that every layout has, with the engines that it has and with others."""
+    longest = {"training.micro_batch_tokens": _longest(config, 8, 8)}  # the search sets it
+    device = device_of(config.cluster, 1)
+    first = [layouts[0] | engines for engines in engine_choices(with_overrides(config, layouts[0]))] if layouts else []
+    common: set[str] | None = None
+    for layout in (*first, *layouts[1:]):
+        broken = set(violations(with_overrides(config, {**longest, **layout}), arch, device))
+        common = broken if common is None else common & broken
+        if not common:
+            break
+    return tuple(sorted(common or ()))
+
+
+def engine_choices(config: Config) -> Iterator[dict[str, Any]]:
+    """Tensor degrees of engines on as many devices, within a node; first as they are."""
+    rollout = config.rollout
+    yield {"rollout.tensor": rollout.tensor, "rollout.engines": rollout.engines}
+    workers = rollout.engines * rollout.tensor
+    for tensor in range(1, config.cluster.devices_per_node + 1) if not rollout.urls else ():
+        if config.cluster.devices_per_node % tensor == workers % tensor == 0 and tensor != rollout.tensor:
+            yield {"rollout.tensor": tensor, "rollout.engines": workers // tensor}
+
+
+def _fastest(
+    config: Config, arch: Architecture, place: Overrides, layouts: Sequence[Overrides], most: int
+) -> list[Suggestion]:
+    """Of the trainer's layouts in one place. Which engines are best, hardly depends on the trainer's layout: they are
+    chosen with the first that fits."""
     found = []
-    for layout in _layouts(config, arch, ranks):
+    for layout in layouts:
         for tokens in _micro_batch_tokens(config, layout):
-            if candidate := _least_recompute(config, arch, base | layout | tokens):
+            if candidate := _least_recompute(config, arch, {**place, **layout, **tokens}):
                 found.append(candidate)
     found.sort(key=lambda candidate: candidate[0])
-    suggestions: list[Suggestion] = []
+    engines = list(engine_choices(with_overrides(config, place)))
+    suggestions: dict[tuple[Any, ...], Suggestion] = {}
     for _, overrides in found[:MOST_CANDIDATES]:
-        plan = make_plan(with_overrides(config, overrides), arch)
-        if plan.fits:
-            suggestions.append(Suggestion(_different(original, overrides), plan))
+        degrees = tuple(overrides[f"parallel.{name}"] for name in ("tensor", "context", "pipeline", "expert"))
+        if degrees in suggestions:
+            continue
+        plans = [(make_plan(with_overrides(config, {**overrides, **chosen}), arch), chosen) for chosen in engines]
+        fitting = [
+            (Suggestion(_different(config, {**overrides, **chosen}), plan), chosen)
+            for plan, chosen in plans
+            if plan.fits
+        ]
+        if fitting:
+            suggestions[degrees], best = min(fitting, key=lambda each: each[0].seconds)
+            engines = [best]
         if len(suggestions) == most:
             break
-    return suggestions
+    return list(suggestions.values())
 
 
 def fixes(plan: Plan, most: int = 3) -> list[Suggestion]:
@@ -106,10 +191,13 @@ def fixes(plan: Plan, most: int = 3) -> list[Suggestion]:
 
 def with_overrides(config: Config, overrides: Overrides) -> Config:
     """The config with `section.key` values replaced; they are not validated again."""
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         section, name = key.split(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    return config
+        changes.setdefault(section, {})[name] = value
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
+    )
 
 
 def _different(config: Config, overrides: Overrides) -> Overrides:
@@ -129,20 +217,21 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"head.path": "chunk"}
     for recompute in RECOMPUTES[RECOMPUTES.index(training.recompute) + 1 :]:
         yield {"training.recompute": recompute}
-    longest = _rounded(config.data.max_prompt_tokens + config.rollout.max_response_tokens, parallel.tensor, 1)
+    longest = _longest(config, parallel.tensor, parallel.context)
     if training.micro_batch_tokens > longest:
         yield {"training.micro_batch_tokens": longest}
     for name in ("context", "expert", "tensor", "pipeline"):
         yield {f"parallel.{name}": 2 * getattr(parallel, name)}
     if not training.offload_optimizer and not config.checkpoint.every:
         yield {"training.offload_optimizer": True}
-    if config.rollout.tensor < config.cluster.devices_per_node and not config.rollout.urls:
-        yield {"rollout.tensor": 2 * config.rollout.tensor}
+    rollout = config.rollout
+    if rollout.tensor < config.cluster.devices_per_node and not rollout.urls:
+        yield {"rollout.tensor": 2 * rollout.tensor, "rollout.engines": max(1, rollout.engines // 2)}
 
 
-def _layouts(config: Config, arch: Architecture, ranks: int) -> Iterator[dict[str, Any]]:
+def _layouts(config: Config, arch: Architecture) -> Iterator[dict[str, Any]]:
     """Degrees that divide the model and the ranks, with tensor parallelism within a node."""
-    devices = config.cluster.devices_per_node
+    ranks, devices = config.parallel.ranks, config.cluster.devices_per_node
     heads, experts = arch.num_attention_heads, arch.num_experts
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt // config.training.minibatches
     degrees = [n for n in range(1, ranks + 1) if ranks % n == 0]
@@ -156,37 +245,29 @@ def _layouts(config: Config, arch: Architecture, ranks: int) -> Iterator[dict[st
                 if of_stage % (expert * expert_tensor) or (arch.moe_intermediate_size % expert_tensor):
                     continue
                 for virtual in (1, 2) if pipeline > 1 else (1,):
+                    chunks = pipeline * virtual
+                    uneven = arch.num_layers % chunks
                     yield {
-                        "parallel.ranks": ranks,
                         "parallel.tensor": tensor,
                         "parallel.context": context,
                         "parallel.pipeline": pipeline,
                         "parallel.virtual": virtual,
-                        "parallel.chunk_layers": _chunk_layers(arch.num_layers, pipeline * virtual),
+                        "parallel.chunk_layers": uneven_chunks(arch.num_layers, chunks) if uneven else None,
                         "parallel.expert": expert,
                         "parallel.expert_tensor": expert_tensor,
                     }
 
 
-def _chunk_layers(layers: int, chunks: int) -> tuple[int, ...] | None:
-    """Even, or with fewer layers where the embedding and the head are."""
-    each, rest = divmod(layers, chunks)
-    if not rest:
-        return None
-    middle = list(range(1, chunks - 1)) + [0, chunks - 1]
-    extra = set(middle[:rest])
-    return tuple(each + (chunk in extra) for chunk in range(chunks))
-
-
 def _micro_batch_tokens(config: Config, layout: Overrides) -> Iterator[dict[str, Any]]:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for times in (2, 1):
-        tokens = _rounded(times * longest, layout["parallel.tensor"], layout["parallel.context"])
+        tokens = _longest(config, layout["parallel.tensor"], layout["parallel.context"], times)
         yield {"training.micro_batch_tokens": tokens}
 
 
-def _rounded(tokens: int, tensor: int, context: int) -> int:
+def _longest(config: Config, tensor: int, context: int, times: int = 1) -> int:
+    """Tokens of so many of the longest sequences, as ranks divide them."""
     multiple = tensor * (2 * context if context > 1 else 1)
+    tokens = times * (config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     return -(-tokens // multiple) * multiple
 
 
@@ -194,19 +275,21 @@ def _least_recompute(config: Config, arch: Architecture, overrides: Overrides) -
     """Seconds of a step and settings, with the least recomputation under which the memory is enough."""
     device = device_of(config.cluster, 1)
 
-    def tried(recompute: str) -> tuple[float, Overrides] | None:
-        chosen = {**overrides, "training.recompute": recompute}
-        changed = with_overrides(config, chosen)
-        work = workload_of(changed)
-        memory: Memory = memory_of(changed, arch, device, work)
-        if memory.worst.needed > HEADROOM * memory.limit:
-            return None
-        return estimate_of(changed, arch, device, work, memory).time.total, chosen
+    def changed(recompute: str) -> tuple[Config, Workload, Memory]:
+        settings = with_overrides(config, {**overrides, "training.recompute": recompute})
+        work = workload_of(settings)
+        return settings, work, memory_of(settings, arch, device, work)
 
-    most = tried(RECOMPUTES[-1])
-    if most is None:  # as most layouts of a large model
+    def fits(recompute: str) -> bool:
+        memory = changed(recompute)[2]
+        return memory.worst.needed <= HEADROOM * memory.limit
+
+    if not fits(RECOMPUTES[-1]):  # as most layouts of a large model
         return None
-    return next(filter(None, map(tried, RECOMPUTES[:-1])), most)
+    least = next(filter(fits, RECOMPUTES[:-1]), RECOMPUTES[-1])
+    settings, work, memory = changed(least)
+    seconds = estimate_of(settings, arch, device, work, memory).time.total
+    return seconds, {**overrides, "training.recompute": least}
 
 
 def _yaml(value: Any) -> str:

@@ -9,16 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, ParallelConfig
 from megatron_dppo.planner.engine import engine_parallel, worker_weights
-from megatron_dppo.planner.hardware import Device
+from megatron_dppo.planner.hardware import FILE_BANDWIDTH, Device
 from megatron_dppo.planner.memory import ITEMSIZE, expert_data
 from megatron_dppo.planner.parameters import Parameters, stage_parameters
 from megatron_dppo.planner.workload import Workload, shares_devices, transport_of
 from megatron_dppo.weights.layout import chunk_layers
 
 LINK_SHARE = 0.7  # of a link's bandwidth that large collectives get
-FILE_BANDWIDTH = {"shm": 4e9, "disk": 1e9}  # bytes a second of a machine that writes weights, and of one that reads
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,17 @@ class Wire:
 
 @dataclass(frozen=True)
 class Sync:
-    """One update of all engines. `bytes`: from the trainer, to one instance; `relayed`: between instances."""
+    """One update of all engines: bytes from the trainer to one instance, and between instances.
+
+    `bytes_per_worker`: the most that a worker receives. `busiest_bytes`: what the busiest rank or worker of each bucket
+    moves, of all buckets: they go one after the other.
+    """
 
     transport: str
     trainer_to_engine_bytes: int
     engine_to_engine_bytes: int
     bytes_per_worker: int
+    busiest_bytes: int
     buckets: int
     seconds: float
 
@@ -51,12 +55,15 @@ def step_wires(config: Config, arch: Architecture, device: Device, work: Workloa
     rows = tokens / (p.tensor if p.uses_sequence_parallel else 1)
     own = stage_parameters(arch, p.layout, stage)
     again = 1 if config.training.recompute == "full" else 0
-    split = len(layers) + len(layers) - moe + (moe if arch.shared_expert_intermediate_size else 0)
-    # Forward gathers and scatters once; backward gathers twice (the input again) and scatters once.
-    tensor = (5 + 2 * again) * split * rows * hidden * d * (p.tensor - 1)
+    mlps = len(layers) - moe + (moe if arch.shared_expert_intermediate_size else 0)
+    gathered = len(layers) * _attention_input(arch) + mlps * hidden
+    scattered = (len(layers) + mlps) * hidden
+    # Forward gathers inputs and scatters outputs; backward gathers gradients and the inputs again, and scatters theirs.
+    tensor = ((3 + again) * gathered + (2 + again) * scattered) * rows * d * (p.tensor - 1)
     to_others = (p.expert - 1) / p.expert + (p.expert_tensor - 1)
     experts = (4 + 2 * again) * moe * arch.num_experts_per_tok * rows * hidden * d * to_others
-    keys = 2 * d * max(1, arch.num_key_value_heads // p.tensor) * arch.head_dim
+    values = arch.latent.v_head_dim if arch.latent is not None else arch.head_dim
+    keys = d * max(1, arch.num_key_value_heads // p.tensor) * (arch.head_dim + values)
     context = (3 + again) * len(layers) * tokens * keys * (p.context - 1)
     borders = 2 * p.virtual * (p.pipeline > 1)
     return {
@@ -68,6 +75,15 @@ def step_wires(config: Config, arch: Architecture, device: Device, work: Workloa
         "weights": _replicas(config, own, device, d if p.distributed_optimizer else 4, work),
         "head": _wire(2 * tokens * hidden * d * (p.tensor > 1), device, p.tensor, config),
     }
+
+
+def _attention_input(arch: Architecture) -> int:
+    """Numbers of a token that attention's first products by heads take: latents are made before, of each rank's share
+    of the tokens."""
+    latent = arch.latent
+    if latent is None:
+        return arch.hidden_size
+    return (latent.q_lora_rank or arch.hidden_size) + latent.kv_lora_rank + latent.qk_rope_head_dim
 
 
 def _largest_stage(config: Config, arch: Architecture) -> int:
@@ -98,7 +114,7 @@ def _replicas(config: Config, own: Parameters, device: Device, itemsize: int, wo
 def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
     """Of the weights to the engines that the job starts.
 
-    In a group every worker receives what it keeps, from ranks that share it evenly; instances hand buckets on in a
+    In a group every worker receives what it keeps, from the ranks that hold it, evenly; instances hand buckets on in a
     ring.
     """
     rollout, transport = config.rollout, transport_of(config)
@@ -108,10 +124,19 @@ def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
     if transport in FILE_BANDWIDTH:
         whole = worker_weights(arch, type(parallel)(), itemsize)
         seconds = 2 * whole / FILE_BANDWIDTH[transport]  # written, then read
-        return Sync(transport, whole, 0, most, 1, seconds)
+        return Sync(transport, whole, 0, most, whole, 1, seconds)
     buckets = -(-most // config.sync.bucket_bytes)
     near = not config.cluster.engine_nodes and config.cluster.nodes == 1 and not shares_devices(config)
     bandwidth = (device.node_bandwidth if near or transport == "ipc" else device.network_bandwidth) * LINK_SHARE
-    busiest = max(total / config.parallel.ranks, most)
+    senders = config.parallel.ranks * _sending_share(config.parallel, arch.num_layers, buckets)
+    busiest = round(max(total / senders, most))
     seconds = busiest / bandwidth * (1 + hops / buckets)
-    return Sync(transport, total, total * hops, most, buckets, seconds)
+    return Sync(transport, total, total * hops, most, busiest, buckets, seconds)
+
+
+def _sending_share(parallel: ParallelConfig, num_layers: int, buckets: int) -> float:
+    """Of the ranks, those that hold something of a bucket. Layers are sent in order and in each its experts: many small
+    buckets are one pipeline stage's each, and one expert-parallel rank's of it."""
+    stages = min(1.0, max(1 / parallel.pipeline, parallel.virtual / buckets))
+    experts = min(1.0, max(1 / parallel.expert, num_layers / buckets))
+    return stages * experts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from megatron_dppo.config import Config
 from megatron_dppo.rollout.engine import Transport
@@ -61,6 +62,24 @@ def workload_of(config: Config) -> Workload:
         most_micro_batches=micro_batches(longest),
         mean_micro_batches=micro_batches(mean_length),
     )
+
+
+def evaluation_samples(config: Config) -> int:
+    """Responses of one evaluation: of `evaluation.prompts` of each set, where its file is not there to be counted."""
+    evaluation = config.evaluation
+    each = evaluation.samples * evaluation.sampled + evaluation.greedy
+    return each * sum(
+        min(evaluation.prompts, _lines(chosen.path) or evaluation.prompts) for chosen in config.data.eval.values()
+    )
+
+
+@lru_cache(maxsize=64)
+def _lines(path: Path) -> int | None:
+    """Of a JSONL file, blank ones left out; None where it is not there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 @lru_cache(maxsize=4096)

@@ -48,6 +48,8 @@ class Parallel:
                 f"{self.pipeline * self.virtual}"
             )
         if self.chunk_layers is not None:
+            if min(self.chunk_layers) < 0:
+                raise ValueError(f"parallel.chunk_layers: got {min(self.chunk_layers)} layers, expected at least 0")
             for rank in range(1, self.pipeline - 1):  # the first has the embedding, the last the head
                 if not any(self.chunk_layers[rank :: self.pipeline]):
                     raise ValueError(f"parallel.chunk_layers: got no layer for pipeline rank {rank}, expected one")
@@ -120,8 +122,18 @@ def chunk_layers(num_layers: int, parallel: Parallel, pipeline_rank: int, chunk:
     each, rest = divmod(num_layers, chunks)
     if rest:
         name = "pipeline" if parallel.virtual == 1 else "pipeline x virtual"
-        raise ValueError(f"parallel.{name}: got {chunks}, expected a divisor of {num_layers} layers")
+        fault = f"parallel.{name}: got {chunks}, expected a divisor of {num_layers} layers"
+        if num_layers >= chunks:
+            fault += f" or parallel.chunk_layers, such as [{','.join(map(str, uneven_chunks(num_layers, chunks)))}]"
+        raise ValueError(fault)
     return range(number * each, (number + 1) * each)
+
+
+def uneven_chunks(num_layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as even as can be: fewer at the ends, which have the embedding and the head."""
+    each, rest = divmod(num_layers, chunks)
+    longer = [*range(1, chunks - 1), 0, chunks - 1][:rest]
+    return tuple(each + (chunk in longer) for chunk in range(chunks))
 
 
 def chunk_prefix(parallel: Parallel, chunk: int) -> str:

@@ -52,6 +52,20 @@ def test_a_reference_and_recorded_routes() -> None:
     assert found.routes == samples * longest // 4 * (48 * 8 + 1)  # u8 ids, and whether a token has any
 
 
+def test_what_is_recorded_of_a_steps_tokens() -> None:
+    tokens = 128 * 8 // 4 * 7168  # of a replica, all sampled
+    assert memory().recorded == 4 * 2 * tokens  # advantage and log-prob
+    topk = {"objective": {"name": "dppo_topk_tv", "top_k": 128}}
+    assert memory(**topk).recorded == 4 * (2 + 129) * tokens
+    assert memory(**topk).peak - memory().peak == 4 * 129 * tokens
+    assert memory(**topk, parallel={"tensor": 2, "context": 2}).recorded == memory(**topk).recorded // 2
+    stages = {"parallel": {"tensor": 1, "pipeline": 4, "expert": 4}}
+    recomputed = topk | {"loss": {"kl": {"coefficient": 0.1}}} | stages
+    recomputed["objective"] = recomputed["objective"] | {"anchor": "recomputed"}
+    first, last = memory(0, **recomputed).recorded, memory(3, **recomputed).recorded
+    assert (first, last) == (4 * (2 + 129) * tokens, 4 * (2 + 129 + 130 + 1) * tokens)
+
+
 def test_recompute_keeps_less_and_pays_for_it_in_one_layer() -> None:
     none, selective, full = (memory(training={"recompute": r}) for r in ("none", "selective", "full"))
     assert none.activations > selective.activations > full.activations

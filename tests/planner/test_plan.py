@@ -12,11 +12,10 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from megatron_dppo.cli import app
-from megatron_dppo.planner.plan import plan_recipe
-from tests.planner.configs import CONFIGS, QWEN3_30B
+from megatron_dppo.planner.plan import HEADROOM, make_plan, plan_recipe
+from megatron_dppo.planner.suggest import suggest_layouts
+from tests.planner.configs import QWEN3_30B, config, shape
 from tests.tiny_models import tiny_config
-
-RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -38,8 +37,9 @@ def test_a_recipe_that_fits(recipe: Path) -> None:
     assert (found["fits"], found["violations"]) == (True, [])
     kinds = found["bytes_per_rank"]
     standing = sum(kinds[kind] for kind in ("weights", "gradients", "optimizer", "reference", "staging"))
-    coming = kinds["routes"] + kinds["activations"] + max(kinds["logits"], kinds["working"])
-    assert kinds["peak"] == standing + max(coming, kinds["scratch"])
+    of_step = kinds["routes"] + kinds["recorded"]
+    coming = kinds["activations"] + max(kinds["logits"], kinds["working"])
+    assert kinds["peak"] == standing + of_step + max(coming, kinds["scratch"])
     assert kinds["needed"] == kinds["peak"] + kinds["overhead"] <= kinds["limit"] == found["device"]["memory_bytes"]
     time = found["step_time"]
     assert time["total"] == pytest.approx(math.fsum(time["terms"].values()) - time["hidden"])
@@ -76,6 +76,20 @@ def test_faults_of_the_types_and_of_the_model_are_violations(recipe: Path) -> No
     assert found["violations"][0].startswith("model.path: no config.json in /nowhere/Nothing-7B, nor configs/models/")
 
 
+def test_a_fault_of_the_types_hides_no_broken_rule(recipe: Path) -> None:
+    _, alone = run(recipe, "parallel.tensor=3", "rollout.top_p=0.9")
+    assert {text.split(":")[0] for text in alone["violations"]} == {
+        "parallel.ranks",
+        "parallel.tensor",
+        "rollout.top_p",
+    }
+    _, both = run(recipe, "parallel.tensor=3", "rollout.top_p=0.9", "training.steps=0")
+    assert both["violations"][0] == "training.steps: got 0, input should be greater than 0"
+    assert both["violations"][1:] == alone["violations"]
+    _, unknown = run(recipe, "model.path=/nowhere/Nothing-7B", "rollout.top_p=0.9")
+    assert [text.split(":")[0] for text in unknown["violations"]] == ["model.path", "rollout.top_p"]
+
+
 def test_suggestions_fit_and_can_be_pasted(recipe: Path) -> None:
     result, found = run(recipe, "--suggest", "1x8", "cluster.device=h200")
     assert result.exit_code == 0
@@ -87,6 +101,49 @@ def test_suggestions_fit_and_can_be_pasted(recipe: Path) -> None:
         assert plan.fits, plan.violations
         assert plan.memory is not None
         assert plan.memory.worst.needed == suggestion["needed"]
+
+
+def test_suggestions_are_unlike_and_choose_engines(recipe: Path) -> None:
+    engines = ["rollout.tensor=1", "rollout.engines=8", "cluster.engine_nodes=1", "cluster.device=h200"]
+    search = suggest_layouts(plan_recipe(recipe, engines), 1, 8)
+    assert len(search.found) == 5
+    degrees = set()
+    for suggestion in search.found:
+        assert suggestion.plan.config is not None
+        parallel, rollout = suggestion.plan.config.parallel, suggestion.plan.config.rollout
+        degrees.add((parallel.tensor, parallel.context, parallel.pipeline, parallel.expert))
+        assert (rollout.tensor, rollout.engines) == (8, 1)  # the fastest of as many devices
+    assert len(degrees) == 5
+    best = search.found[0]
+    for tensor in (1, 2, 4):
+        other = [*engines, *best.command_line().split(), f"rollout.tensor={tensor}", f"rollout.engines={8 // tensor}"]
+        estimate = plan_recipe(recipe, other).estimate
+        assert estimate is not None and estimate.time.total > best.seconds
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_a_job_whose_engines_have_no_nodes_gets_all_of_them(recipe: Path, nodes: int) -> None:
+    shared = ["cluster={nodes: 1, device: h200}", "parallel.ranks=8", "rollout.engines=2", "sync.transport=auto"]
+    found = suggest_layouts(plan_recipe(recipe, shared), nodes, 8).found
+    assert found
+    for suggestion in found:
+        config = suggestion.plan.config
+        assert config is not None and config.cluster.machines == nodes
+        workers = config.rollout.engines * config.rollout.tensor
+        assert suggestion.used == (
+            f"{config.parallel.ranks} ranks + {config.rollout.engines} engines of {config.rollout.tensor}"
+        )
+        if nodes > 1:  # none is idle
+            assert config.parallel.ranks + workers == 8 * nodes
+        pasted = plan_recipe(recipe, [*shared, *suggestion.command_line().split()])
+        assert pasted.fits, pasted.violations
+
+
+def test_what_no_layout_mends_is_said_at_once(recipe: Path) -> None:
+    result, found = run(recipe, "lora.rank=32", "parallel.tensor=3", "--suggest", "2x8")
+    assert (result.exit_code, found["suggestions"]) == (2, [])
+    last = result.stdout[result.stdout.index("no layout mends this") :]
+    assert "lora: got rank 32" in last and "parallel.tensor" not in last.splitlines()[1]
 
 
 def test_a_job_on_this_machine_without_gpus(recipe: Path, tmp_path: Path) -> None:
@@ -114,12 +171,13 @@ def test_machines_that_are_none(recipe: Path) -> None:
     assert "--suggest: got '4by8', expected NODESxGPUS, as in 4x8" in result.stderr
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[str(path.relative_to(CONFIGS)) for path in RECIPES])
-def test_every_recipe_is_planned(path: Path) -> None:
-    plan = plan_recipe(path)
-    if "quickstart" in path.name:  # its model is made by the quickstart itself
-        assert plan.fits or plan.violations[0].startswith("model.path: no config.json in runs/quickstart/input/model")
-    elif "lora" in path.name:
-        assert any("lora" in text.lower() for text in plan.violations)
-    else:
-        assert plan.violations == ()
+def test_a_rank_that_is_nearly_full_is_advised_against() -> None:
+    arch = shape(QWEN3_30B["model"]["path"].rpartition("/")[2])
+    fits, advised = [], []
+    for tokens in range(8192, 18_000, 2048):
+        plan = make_plan(config(training={"micro_batch_tokens": tokens, "recompute": "none"}), arch)
+        assert plan.memory is not None
+        fits.append(plan.memory.worst.needed / plan.memory.limit)
+        advised.append(any(text.startswith("memory of a rank") and "at most 92%" in text for text in plan.advice))
+    assert any(HEADROOM < share <= 1 for share in fits)
+    assert advised == [HEADROOM < share <= 1 for share in fits]

@@ -29,6 +29,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"minibatches": 5}}, "training.minibatches: got 5, expected a divisor of rollout.prompts_per_step"),
     ({"training": {"optimizer": "sgd"}}, "parallel.distributed_optimizer: got true, expected false: sgd has no state"),
     ({"head": {"memory_mib": 0.1}}, "head.memory_mib: got 0.1, expected at least"),
+    ({"sync": {"bucket_mib": 1e-4}}, "sync.bucket_mib: got 0.0001, expected at least 0.0079: two rows of 2048 numbers"),
     ({"parallel": {"expert": 1}}, "memory of a rank: pipeline stage 0 (ranks 0 to 15) needs"),
     (
         {"rollout": {"tensor": 8}, "cluster": {"engine_nodes": 0}, "parallel": {"ranks": 16}},
@@ -82,6 +83,7 @@ def test_an_engine_that_has_no_room_for_its_weights() -> None:
     [
         ({"rollout": {"engines": 2}}, "rollout.engines: 2 leave devices of the engine nodes idle, which hold 4"),
         ({"rollout": {"max_concurrency": 32}}, "rollout.max_concurrency: 32 requests at a time, where the caches hold"),
+        ({"rollout": {"tensor": 16, "engines": 1}}, "rollout.tensor: got 16, an engine over 2 nodes, expected one"),
         ({"parallel": {"expert": 16}}, "parallel.expert: 16 x expert_tensor 1 reach over nodes of 8"),
         (
             {"parallel": {"pipeline": 4, "tensor": 1, "expert": 4}, "rollout": {"prompts_per_step": 16}},
@@ -92,3 +94,4 @@ def test_an_engine_that_has_no_room_for_its_weights() -> None:
 def test_what_runs_and_would_run_better(sections: dict[str, Any], message: str) -> None:
     plan = make_plan(config(**sections), shape(ARCH))
     assert any(message in text for text in plan.advice), plan.advice
+    assert plan.fits

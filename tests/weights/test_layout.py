@@ -13,9 +13,11 @@ import pytest
 from megatron_dppo.weights.layout import (
     Coordinates,
     Parallel,
+    chunk_layers,
     coordinates,
     megatron_layout,
     padded_vocab_size,
+    uneven_chunks,
 )
 from megatron_dppo.weights.mapping import entries, float32_tensors, hub_shapes, mtp_tensors
 from tests.weights.architectures import ARCHITECTURES, KIMI_K2, LATENT, LAYOUTS, QWEN3_235B, SMALL
@@ -245,6 +247,19 @@ def test_chunks_that_do_not_fit_the_ranks() -> None:
         Parallel(virtual=2)
     with pytest.raises(ValueError, match="parallel.chunk_layers: got no layer for pipeline rank 1, expected one"):
         Parallel(pipeline=3, ranks=3, chunk_layers=(2, 0, 2))
+    with pytest.raises(ValueError, match="parallel.chunk_layers: got -1 layers, expected at least 0"):
+        Parallel(pipeline=2, ranks=2, chunk_layers=(-1, 5))
+
+
+def test_layers_that_do_not_divide_have_a_way_out() -> None:
+    message = r"got 3, expected a divisor of 4 layers or parallel.chunk_layers, such as \[1,2,1\]$"
+    with pytest.raises(ValueError, match=message):
+        chunk_layers(4, Parallel(pipeline=3, ranks=3), 0)
+    with pytest.raises(ValueError, match="expected a divisor of 4 layers$"):  # a stage would have none
+        chunk_layers(4, Parallel(pipeline=8, ranks=8), 0)
+    for num_layers, chunks in ((61, 16), (94, 8), (5, 5), (7, 2)):
+        uneven = uneven_chunks(num_layers, chunks)
+        assert (sum(uneven), len(uneven), max(uneven) - min(uneven) <= 1) == (num_layers, chunks, True)
 
 
 def test_both_spellings_of_experts_hold_the_same_boxes() -> None:
