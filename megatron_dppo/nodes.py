@@ -46,10 +46,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one engine runs. `first_gpu`: of those of its node."""
+    """Where one engine runs. `first_gpu`: of those of its node; `shared`: with ranks."""
 
     node: Node
     first_gpu: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,13 @@ class Nodes(ABC):
     def start_engines(self, config: Config, resolved: Path, *, env: Mapping[str, str], logs: Path) -> Iterator[Engine]:
         """On each node `rollout.node_engine` starts the server and tells where it answers."""
         for number, seat in enumerate(engine_seats(config, self.engines)):
-            words = [str(resolved.absolute()), str(number), seat.node.address, str(seat.first_gpu)]
+            words = [
+                str(resolved.absolute()),
+                str(number),
+                seat.node.address,
+                str(seat.first_gpu),
+                str(int(seat.shared)),
+            ]
             argv = [python(env), "-m", "megatron_dppo.rollout.node_engine", *words]
             name = engine_name(config, number)
             child = self.start_on(seat.node, name, argv, env=env, log=logs / f"{name}.log")
@@ -144,7 +151,7 @@ def engine_seats(config: Config, nodes: Sequence[Node]) -> list[Seat]:
     for fault in startable(cluster, rollout):
         raise ValueError(fault)
     if cluster.machines == 1 and not gpus_apart(config):  # engines share the ranks' GPUs, as on the launcher's machine
-        return [Seat(nodes[0], number * rollout.tensor) for number in range(rollout.engines)]
+        return [Seat(nodes[0], number * rollout.tensor, shared=True) for number in range(rollout.engines)]
     before = 0 if cluster.engine_nodes else config.parallel.ranks // cluster.nodes
     return [
         Seat(nodes[number % len(nodes)], before + number // len(nodes) * rollout.tensor)

@@ -59,7 +59,7 @@ def test_nodes_that_the_environment_names() -> None:
 
 def test_engines_that_share_the_ranks_gpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     one = config("cluster.device=h100", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4")
-    assert engine_seats(one, NODES[:1]) == [Seat(NODES[0], 0), Seat(NODES[0], 4)]
+    assert engine_seats(one, NODES[:1]) == [Seat(NODES[0], 0, True), Seat(NODES[0], 4, True)]
     apart = config("cluster.device=h100", "parallel.ranks=4", "rollout.engines=2", "rollout.tensor=2")
     assert engine_seats(apart, NODES[:1]) == [Seat(NODES[0], 4), Seat(NODES[0], 6)]
 

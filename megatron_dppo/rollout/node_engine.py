@@ -1,5 +1,5 @@
 """An engine on another node than the launcher's: finds a port that is free here, says where it will answer, and becomes
-the guard of the server. Run as `python -m megatron_dppo.rollout.node_engine CONFIG NUMBER ADDRESS FIRST_GPU`.
+the guard of the server. Run as `python -m megatron_dppo.rollout.node_engine CONFIG NUMBER ADDRESS FIRST_GPU SHARED`.
 
 Only the node itself knows its free ports and what it has to compute with.
 """
@@ -14,19 +14,19 @@ from typing import NoReturn
 from megatron_dppo.config import Config
 from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, engine_url_key
-from megatron_dppo.machines import SHARED_GPU_MEMORY, gpus_apart, visible_gpus
+from megatron_dppo.machines import SHARED_GPU_MEMORY, visible_gpus
 from megatron_dppo.processes import GRACE_S, become_guarded, free_port
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
 
-def main(config: Config, number: int, address: str, first_gpu: int) -> NoReturn:
-    """Does not return. `address`: of this node; `first_gpu`: of the `rollout.tensor` ones that are this engine's.
+def main(config: Config, number: int, address: str, first_gpu: int, shared: bool) -> NoReturn:
+    """Does not return. `address`: of this node; `first_gpu`: of the `rollout.tensor` ones that this engine has alone, or
+    with ranks (`shared`).
 
     Raises ValueError where this node lacks those GPUs.
     """
     host = listening_address(address)
     port, cpu = free_port(host), runs_on_cpu(config.rollout.engine)
-    shared = not cpu and config.cluster.machines == 1 and not gpus_apart(config)
     memory = SHARED_GPU_MEMORY if shared else None
     argv, env = server_of(config, host=host, port=port, cpu=cpu, gpu_memory_utilization=memory)
     if not cpu:
@@ -58,4 +58,4 @@ def check_gpus(needed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(load_config(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(load_config(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), bool(int(sys.argv[5])))
