@@ -20,8 +20,8 @@ from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
 
 def main(config: Config, number: int, address: str, first_gpu: int, shared: bool) -> NoReturn:
-    """Does not return. `address`: of this node; `first_gpu`: of the `rollout.tensor` ones that this engine has alone, or
-    with ranks (`shared`).
+    """Does not return. `address`: of this node; `first_gpu`: of the `rollout.tensor` ones that this engine has alone
+    or with ranks (`shared`).
 
     Raises ValueError where this node lacks those GPUs.
     """
