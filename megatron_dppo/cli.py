@@ -307,6 +307,8 @@ def _user_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"megatron-dppo: {command}: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except ConfigError as error:
+        _refuse(error)
     except (OSError, RuntimeError, ValueError) as error:
         typer.echo(f"megatron-dppo: {command} failed: {error}", err=True)
         raise typer.Exit(FAILED) from None

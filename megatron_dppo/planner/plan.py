@@ -83,12 +83,17 @@ class Plan:
 
 
 def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Reads and plans a recipe. Where it cannot be read as a whole, what is broken of the rest is said all the same."""
+    """Reads and plans a recipe. Where it cannot be read as a whole, what is broken of the rest is said all the same.
+
+    Raises ConfigError for what is no recipe at all.
+    """
     config, faults = None, []
     try:
         config = load_config(path, overrides, ())
         sections: Mapping[str, Any] = sections_of(config)
     except ConfigError as error:
+        if not error.sections:
+            raise
         sections, faults = error.sections, error.faults
     arch = None
     if "model" in sections:

@@ -165,6 +165,18 @@ def test_a_job_on_this_machine_without_gpus(recipe: Path, tmp_path: Path) -> Non
     assert found["bytes_per_rank"]["scratch"] >= found["bytes_per_rank"]["gradients"]  # gloo reduces in a copy
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [(None, "cannot be read: No such file or directory"), ("[]", "got list, expected a mapping"), ("a: [", "not YAML")],
+)
+def test_what_is_no_recipe_is_refused_by_its_name(tmp_path: Path, text: str | None, fault: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    result = CliRunner().invoke(app, ["plan", str(path)])
+    assert result.exit_code == 2 and f"{path}: 1 fault" in result.stderr and fault in result.stderr
+
+
 def test_machines_that_are_none(recipe: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(recipe), "--suggest", "4by8"])
     assert result.exit_code == 1
