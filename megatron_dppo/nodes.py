@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -34,6 +35,8 @@ CARRIED = (
 )  # fmt: skip
 SECRET = ("TOKEN", "_KEY", "SECRET", "PASSWORD")  # of a variable's name: command lines are seen by everybody on a node
 SHARED = "shared"  # in a run's directory
+RANK_SHELL = 'log=$1/rank$RANK.log; shift; exec "$@" >>"$log" 2>&1'
+FAILED_RANK = re.compile(r"Root Cause.*?\brank +: (\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -105,22 +108,41 @@ class NamedNodes(Nodes):
     """Nodes that the environment names: a child for each process there."""
 
     def start_on(self, node: Node, name: str, argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Child:
-        """By the command that the environment names, in this working directory."""
-        carried = [f"{key}={value}" for key, value in env.items() if is_carried(key)]
-        words = [*shlex.split(env[ON_VARIABLE]), node.name, "env", "-C", os.getcwd(), *carried, *argv]
-        return start(name, words, env=env, log_path=log)
+        """By the command that the environment names."""
+        return start(name, self._on(node, argv, env), env=env, log_path=log)
 
     def start_ranks(
         self, module: str, config: Config, resolved: Path, *, env: Mapping[str, str], logs: Path
     ) -> Iterator[Child]:
-        """One child a rank."""
-        job = job_environment(config.parallel.ranks, self.trainers[0].address, env)
-        on_each = config.parallel.ranks // len(self.trainers)
-        for rank in range(config.parallel.ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank % on_each)}
-            argv = [python(env), "-m", module, str(resolved.absolute())]
-            node, log = self.trainers[rank // on_each], logs / f"rank{rank}.log"
-            yield self.start_on(node, f"rank {rank}", argv, env={**env, **job, **place}, log=log)
+        """One torchrun on each node, and so one connection to it, with a log for each rank."""
+        nodes, ranks = len(self.trainers), config.parallel.ranks
+        environment = {**env, **job_environment(ranks, self.trainers[0].address, env)}
+        for number, node in enumerate(self.trainers):
+            rank = ["sh", "-c", RANK_SHELL, "sh", str(logs.absolute()), python(env), "-m", module]
+            words = torchrun(python(env), nodes, ranks // nodes, number, environment)
+            argv = self._on(node, [*words, *rank, str(resolved.absolute())], environment)
+            name, log = f"ranks on {node.name}", logs / f"torchrun{number}.log"
+            yield start(name, argv, env=environment, log_path=log, culprit=failed_rank_log)
+
+    def _on(self, node: Node, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
+        """The command that runs `argv` on a node, in this working directory."""
+        carried = [f"{key}={value}" for key, value in env.items() if is_carried(key)]
+        return [*shlex.split(env[ON_VARIABLE]), node.name, "env", "-C", os.getcwd(), *carried, *argv]
+
+
+def torchrun(python: str, nodes: int, on_each: int, number: int, job: Mapping[str, str]) -> list[str]:
+    """torchrun's words for node `number`, before the command of a rank. `job`: of `job_environment`."""
+    return [
+        python, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={number}",
+        f"--nproc-per-node={on_each}", f"--master-addr={job['MASTER_ADDR']}", f"--master-port={job['MASTER_PORT']}",
+        "--max-restarts=0", "--no-python",
+    ]  # fmt: skip
+
+
+def failed_rank_log(log: Path) -> Path | None:
+    """The log of the rank that torchrun says failed first."""
+    found = FAILED_RANK.findall(log.read_text(errors="replace")) if log.is_file() else []
+    return log.with_name(f"rank{found[-1]}.log") if found else None
 
 
 def named_nodes(config: Config, environ: Mapping[str, str] = os.environ) -> NamedNodes:

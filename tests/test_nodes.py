@@ -93,18 +93,21 @@ def test_ranks_on_named_nodes(tmp_path: Path, fails: str) -> None:
     on.write_text(ON)
     on.chmod(0o755)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "MEGATRON_DPPO_TEST_FAILS": fails}
-    env |= {"MEGATRON_DPPO_NODES": "a b", "MEGATRON_DPPO_ON": str(on)}
+    env |= {"MEGATRON_DPPO_NODES": "127.0.0.1 b", "MEGATRON_DPPO_ON": str(on)}
     wanted = config("cluster.nodes=2", "parallel.ranks=4")
     nodes = named_nodes(wanted, env)
     with stop_on_exit() as children:
         children.extend(nodes.start_ranks("some_rank", wanted, tmp_path / "seen", env=env, logs=tmp_path))
         if fails:
-            with pytest.raises(ChildDied, match="rank 3 ended with code 1(.|\n)*this rank says no"):
+            with pytest.raises(
+                ChildDied, match="ranks on b ended with code 1(.|\n)*rank3.log:(.|\n)*this rank says no"
+            ):
                 supervise(children, until=children)
             return
         supervise(children, until=children)
     seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(4)]
-    assert seen == [[str(rank), str(rank % 2), "4", "a", "ab"[rank // 2]] for rank in range(4)]
+    nodes = ("127.0.0.1", "b")
+    assert seen == [[str(rank), str(rank % 2), "4", "127.0.0.1", nodes[rank // 2]] for rank in range(4)]
 
 
 def test_samples_go_through_the_runs_directory(tmp_path: Path) -> None:
