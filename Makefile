@@ -16,8 +16,8 @@ ARGS   ?=
 SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
 	tests/engines/test_job.py -k "test_sglang or test_engine_contract or ranks_have or weights_differ or group-rollout"
 
-# An engine starts on one core. Tests that share a server stay together (tests/engines/conftest.py).
-TWO_SERVERS := -n 2 --dist loadgroup
+# An engine starts on one core. Tests that share a server are in one file.
+TWO_SERVERS := -n 2 --dist loadfile
 
 # Kept whatever the environment says: without it every process compiles all that it imports, for seven more seconds.
 export PYTHONDONTWRITEBYTECODE :=

@@ -26,17 +26,6 @@ from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkp
 READY_DEADLINE_S = 180.0
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a server run in one process, one after another; others wherever there is room."""
-    for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        for fixture in ("served", "case", "engine", "server"):
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(f"{fixture}-{parameters.get(fixture, '')}"))
-                break
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_interpreter() -> Iterator[None]:
     """Engines compile what they have; Triton's interpreter is for tests/head."""
