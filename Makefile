@@ -73,7 +73,7 @@ test-engines: $(STAMP)  ## Real rollout engines
 	$(PYTEST) tests/engines $(TWO_SERVERS) $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)  ## The same on a real SGLang server
-	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(ARGS)
+	MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) $(SGLANG_TESTS) $(TWO_SERVERS) $(ARGS)
 
 test-slurm: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Jobs on a real Slurm of four nodes on this machine; as root
 	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons want root, this is $$(id -un)" >&2; exit 1; }
