@@ -18,7 +18,7 @@ import typer
 
 from megatron_dppo.config import ClusterConfig, Config
 from megatron_dppo.config_loading import ConfigError, load_config, validate_or_raise
-from megatron_dppo.config_rules import RULES, Rule, submission_rules
+from megatron_dppo.config_rules import Rule, submission_rules
 from megatron_dppo.places import rules_of_job
 from megatron_dppo.submit import Kind, description, faults_of, submission, submit
 
@@ -39,7 +39,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 @app.command()
 def train(config: Recipe, overrides: Overrides = None) -> None:
     """Train a model as the recipe CONFIG says."""
-    resolved = _load(config, overrides, rules=rules_of_job)
+    resolved = _load(config, overrides)
     from megatron_dppo.launch import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
@@ -82,7 +82,7 @@ def evaluate(
     """Measure the accuracy of CONFIG's model on its held-out prompts, without training: engines alone."""
     from megatron_dppo.evaluate import evaluate_model, for_evaluation, print_evaluation
 
-    resolved = _load(config, overrides, for_evaluation, rules_of_job)
+    resolved = _load(config, overrides, for_evaluation)
     from rich.console import Console
 
     console = Console(soft_wrap=True)
@@ -133,7 +133,7 @@ def _load(
     path: Path,
     overrides: list[str] | None,
     adapt: Callable[[Config], Config] = lambda config: config,
-    rules: Callable[[ClusterConfig], Sequence[Rule]] = lambda _: RULES,
+    rules: Callable[[ClusterConfig], Sequence[Rule]] = rules_of_job,
 ) -> Config:
     """The recipe as `adapt` makes it, checked; a fault in it is the command's end."""
     try:

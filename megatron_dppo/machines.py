@@ -87,6 +87,13 @@ def gpus_apart(config: Config) -> bool:
     return gpus >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
 
 
+def engine_place(config: Config, number: int) -> tuple[int, bool]:
+    """The first GPU of an engine on the one machine of a job, behind the ranks' where there are enough; whether ranks
+    have it too."""
+    shared = not gpus_apart(config)
+    return number * config.rollout.tensor + (0 if shared else config.parallel.ranks), shared
+
+
 def visible_gpus(first: int, count: int) -> str:
     """CUDA_VISIBLE_DEVICES of a process that gets `count` of the GPUs that this one sees, in a circle from `first`."""
     import torch
@@ -102,13 +109,11 @@ def engine_name(config: Config, number: int) -> str:
 
 
 def _start_engine(config: Config, number: int, logs: Path) -> Engine:
-    rollout, ranks, port = config.rollout, config.parallel.ranks, free_port()
-    cpu = runs_on_cpu(rollout.engine)
-    separate = not cpu and gpus_apart(config)
-    argv, env = server_of(config, port=port, cpu=cpu, gpu_memory_utilization=None if separate else SHARED_GPU_MEMORY)
+    port, cpu = free_port(), runs_on_cpu(config.rollout.engine)
+    first, shared = engine_place(config, number)
+    argv, env = server_of(config, port=port, cpu=cpu, gpu_memory_utilization=SHARED_GPU_MEMORY if shared else None)
     if not cpu:
-        first = number * rollout.tensor + (ranks if separate else 0)
-        env["CUDA_VISIBLE_DEVICES"] = visible_gpus(first, rollout.tensor)
+        env["CUDA_VISIBLE_DEVICES"] = visible_gpus(first, config.rollout.tensor)
     name, url = engine_name(config, number), f"http://{HOST}:{port}"
     return Engine(start(name, argv, env=env, log_path=logs / f"{name}.log"), lambda control: url)
 

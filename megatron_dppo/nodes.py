@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_dppo.config import Config
 from megatron_dppo.config_cluster_rules import startable
 from megatron_dppo.control import Control, engine_url_key
-from megatron_dppo.machines import Engine, engine_name, gpus_apart, job_environment
+from megatron_dppo.machines import Engine, engine_name, engine_place, job_environment
 from megatron_dppo.processes import Child, start
 
 PYTHON_VARIABLE = "MEGATRON_DPPO_STEP_PYTHON"  # the interpreter on the nodes; the launcher's own if not set
@@ -122,7 +122,7 @@ class NamedNodes(Nodes):
             words = torchrun(python(env), nodes, ranks // nodes, number, environment)
             argv = self._on(node, [*words, *rank, str(resolved.absolute())], environment)
             name, log = f"ranks on {node.name}", logs / f"torchrun{number}.log"
-            yield start(name, argv, env=environment, log_path=log, culprit=failed_rank_log)
+            yield start(name, argv, env=environment, log_path=log, culprit=culprit_in(log, FAILED_RANK))
 
     def _on(self, node: Node, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
         """The command that runs `argv` on a node, in this working directory."""
@@ -139,10 +139,16 @@ def torchrun(python: str, nodes: int, on_each: int, number: int, job: Mapping[st
     ]  # fmt: skip
 
 
-def failed_rank_log(log: Path) -> Path | None:
-    """The log of the rank that torchrun says failed first."""
-    found = FAILED_RANK.findall(log.read_text(errors="replace")) if log.is_file() else []
-    return log.with_name(f"rank{found[-1]}.log") if found else None
+def culprit_in(log: Path, said: re.Pattern[str]) -> Callable[[Path], Path | None]:
+    """For `processes.start`: finds the rank that failed first in what will be added to `log`. Earlier starts of the run
+    wrote to it too."""
+    return partial(failed_rank_log, said=said, offset=log.stat().st_size if log.is_file() else 0)
+
+
+def failed_rank_log(log: Path, said: re.Pattern[str], offset: int = 0) -> Path | None:
+    """The log of the first rank that `said` finds in `log`, after so many bytes."""
+    found = said.search(log.read_bytes()[offset:].decode(errors="replace")) if log.is_file() else None
+    return log.with_name(f"rank{found[1]}.log") if found else None
 
 
 def named_nodes(config: Config, environ: Mapping[str, str] = os.environ) -> NamedNodes:
@@ -172,8 +178,8 @@ def engine_seats(config: Config, nodes: Sequence[Node]) -> list[Seat]:
     cluster, rollout = config.cluster, config.rollout
     for fault in startable(cluster, rollout):
         raise ValueError(fault)
-    if cluster.machines == 1 and not gpus_apart(config):  # engines share the ranks' GPUs, as on the launcher's machine
-        return [Seat(nodes[0], number * rollout.tensor, shared=True) for number in range(rollout.engines)]
+    if cluster.machines == 1:
+        return [Seat(nodes[0], *engine_place(config, number)) for number in range(rollout.engines)]
     before = 0 if cluster.engine_nodes else config.parallel.ranks // cluster.nodes
     return [
         Seat(nodes[number % len(nodes)], before + number // len(nodes) * rollout.tensor)

@@ -11,12 +11,11 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from megatron_dppo.config import Config
 from megatron_dppo.machines import job_environment
-from megatron_dppo.nodes import NAMES_VARIABLE, Node, Nodes, divided, python
+from megatron_dppo.nodes import NAMES_VARIABLE, Node, Nodes, culprit_in, divided, python
 from megatron_dppo.places import JOB_VARIABLE, SRUN_VARIABLE, STEP_VARIABLE
 from megatron_dppo.processes import STOP_THERE, Child, start
 
@@ -29,6 +28,7 @@ SRUN = (
     "--kill-on-bad-exit=1",
 )  # fmt: skip
 RANK_SHELL = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
+# The first that srun names: it ends the others for it.
 FAILED_TASK = re.compile(r"^srun: error: \S+: tasks? (\d+)", re.MULTILINE)
 
 
@@ -49,15 +49,8 @@ class Allocation(Nodes):
         argv = step_command(self.trainers, ranks // len(self.trainers), argv, log)
         environment = {**env, **job_environment(ranks, self.trainers[0].address, env)}
         said = logs / "ranks.log"
-        before = said.stat().st_size if said.is_file() else 0  # what earlier starts of the job left there
-        yield start(
-            "ranks",
-            argv,
-            env=environment,
-            log_path=said,
-            stop_signal=STOP_THERE,
-            culprit=partial(failed_rank_log, offset=before),
-        )
+        culprit = culprit_in(said, FAILED_TASK)
+        yield start("ranks", argv, env=environment, log_path=said, stop_signal=STOP_THERE, culprit=culprit)
 
 
 def allocation(config: Config, environ: Mapping[str, str] = os.environ) -> Allocation:
@@ -104,13 +97,6 @@ def step_command(
         *shlex.split(environ.get(SRUN_VARIABLE, "")),
     ]
     return [*words, *shlex.split(environ.get(STEP_VARIABLE, "")), *argv]
-
-
-def failed_rank_log(srun_log: Path, offset: int = 0) -> Path | None:
-    """The log of the rank that srun says failed first, after so many bytes; srun ends the others for it."""
-    text = srun_log.read_bytes()[offset:].decode(errors="replace") if srun_log.is_file() else ""
-    found = FAILED_TASK.search(text)
-    return srun_log.with_name(f"rank{found[1]}.log") if found else None
 
 
 def _scontrol(*words: str) -> str:

@@ -36,6 +36,11 @@ class Kind(StrEnum):
     evaluate = "evaluate"
     convert = "convert"
 
+    @property
+    def trains(self) -> bool:
+        """And so writes to the run's directory, which no other job may at the same time."""
+        return self in (Kind.train, Kind.trainer)
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -47,7 +52,7 @@ class Submission:
     reads: tuple[Path, ...]
     output: str  # of the script; %j is the job's id
     logs: Path  # of the processes
-    trains: bool  # and writes to the run's directory, which no other job may at the same time
+    kind: Kind
 
     def command(self) -> str:
         """As a shell takes it."""
@@ -58,7 +63,7 @@ class Submission:
 
 def faults_of(config: Config, kind: Kind) -> Iterator[str]:
     """What a job of this kind needs of a config that is good otherwise."""
-    if kind in (Kind.train, Kind.trainer) and not config.checkpoint.every:
+    if kind.trains and not config.checkpoint.every:
         yield "checkpoint.every: got 0, expected more: a job goes on after its time limit from its checkpoints"
     if kind == Kind.trainer and not config.rollout.urls:
         yield "rollout.urls: got none, expected the engines' addresses: --kind trainer starts none"
@@ -96,7 +101,7 @@ def submission(
         raise ValueError(f"--site: no file {site}, expected one such as {LAUNCHERS / 'sites'}/*.sh")
     variables = _sbatch_variables(os.environ) | (site_variables(site) if site else {})
     site_words = {name: variables.pop(name, "") for name in (SITE_WORDS, CONVERT_WORDS)}
-    if kind in (Kind.train, Kind.trainer):
+    if kind.trains:
         _check_notice(notice_s, time or variables.get(TIME_LIMIT))
     run_dir = config.run.dir.absolute()
     output = f"{run_dir}/slurm-%j.out"
@@ -108,7 +113,7 @@ def submission(
         "--export=ALL",
         *resource_words(config, kind),
         *([f"--time={time}"] if time else []),
-        *([f"--signal=B:USR1@{notice_s}"] if kind in (Kind.train, Kind.trainer) else []),
+        *([f"--signal=B:USR1@{notice_s}"] if kind.trains else []),
         *shlex.split(site_words[CONVERT_WORDS if kind == Kind.convert else SITE_WORDS]),
     ]
     environment = {
@@ -123,7 +128,7 @@ def submission(
         script=script,
         reads=(common, *([site] if site else [])),
         output=output,
-        trains=kind in (Kind.train, Kind.trainer),
+        kind=kind,
         logs=(run_dir / "evaluate" if kind == Kind.evaluate else run_dir) / "logs",
     )
 
@@ -209,7 +214,7 @@ def submit(what: Submission) -> str:
     """
     run_dir = Path(what.output).parent
     run_dir.mkdir(parents=True, exist_ok=True)
-    if what.trains:
+    if what.kind.trains:
         _check_earlier(run_dir / SUBMITTED)
     environment = {name: value for name, value in os.environ.items() if not _is_of_another_job(name)}
     try:
@@ -221,7 +226,7 @@ def submit(what: Submission) -> str:
     if found.returncode:
         raise RuntimeError(f"sbatch: {found.stderr.strip()}")
     job = found.stdout.strip().partition(";")[0]  # a federation adds its cluster
-    if what.trains:
+    if what.kind.trains:
         (run_dir / SUBMITTED).write_text(job)
     return job
 

@@ -57,7 +57,7 @@ def test_nodes_that_the_environment_names() -> None:
         named_nodes(wanted, {"MEGATRON_DPPO_NODES": "a b c"})
 
 
-def test_engines_that_share_the_ranks_gpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_share_the_ranks_gpus_on_one_node() -> None:
     one = config("cluster.device=h100", "parallel.ranks=8", "rollout.engines=2", "rollout.tensor=4")
     assert engine_seats(one, NODES[:1]) == [Seat(NODES[0], 0, True), Seat(NODES[0], 4, True)]
     apart = config("cluster.device=h100", "parallel.ranks=4", "rollout.engines=2", "rollout.tensor=2")
@@ -106,8 +106,8 @@ def test_ranks_on_named_nodes(tmp_path: Path, fails: str) -> None:
             return
         supervise(children, until=children)
     seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(4)]
-    nodes = ("127.0.0.1", "b")
-    assert seen == [[str(rank), str(rank % 2), "4", "127.0.0.1", nodes[rank // 2]] for rank in range(4)]
+    names = ("127.0.0.1", "b")
+    assert seen == [[str(rank), str(rank % 2), "4", "127.0.0.1", names[rank // 2]] for rank in range(4)]
 
 
 def test_samples_go_through_the_runs_directory(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_dppo.config import Config
 from megatron_dppo.config_loading import load_config
-from megatron_dppo.nodes import Node, python
-from megatron_dppo.slurm import allocation, failed_rank_log, nodes_of, step_command
+from megatron_dppo.nodes import Node, failed_rank_log, python
+from megatron_dppo.slurm import FAILED_TASK, allocation, nodes_of, step_command
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 NODES = [Node(f"n{i}", f"10.0.0.{i}") for i in range(1, 5)]
@@ -70,14 +70,14 @@ def test_a_site_has_its_words_for_srun_and_before_each_command() -> None:
 
 def test_the_log_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     log = tmp_path / "ranks.log"
-    assert failed_rank_log(log) is None
+    assert failed_rank_log(log, FAILED_TASK) is None
     log.write_text(ENDED)
-    assert failed_rank_log(log) is None
+    assert failed_rank_log(log, FAILED_TASK) is None
     log.write_text(FAILED)
-    assert failed_rank_log(log) == tmp_path / "rank1.log"
+    assert failed_rank_log(log, FAILED_TASK) == tmp_path / "rank1.log"
     log.write_text("srun: error: n2: tasks 4-7: Killed\n")
-    assert failed_rank_log(log) == tmp_path / "rank4.log"
+    assert failed_rank_log(log, FAILED_TASK) == tmp_path / "rank4.log"
     of_an_earlier_start = log.stat().st_size
-    assert failed_rank_log(log, of_an_earlier_start) is None
+    assert failed_rank_log(log, FAILED_TASK, of_an_earlier_start) is None
     log.write_text(log.read_text() + "srun: error: n2: task 7: Exited with exit code 1\n")
-    assert failed_rank_log(log, of_an_earlier_start) == tmp_path / "rank7.log"
+    assert failed_rank_log(log, FAILED_TASK, of_an_earlier_start) == tmp_path / "rank7.log"

@@ -275,21 +275,18 @@ def _least_recompute(config: Config, arch: Architecture, overrides: Overrides) -
     """Seconds of a step and settings, with the least recomputation under which the memory is enough."""
     device = device_of(config.cluster, 1)
 
-    def changed(recompute: str) -> tuple[Config, Workload, Memory]:
-        settings = with_overrides(config, {**overrides, "training.recompute": recompute})
+    def fitting(recompute: str) -> tuple[Overrides, Config, Workload, Memory] | None:
+        chosen = {**overrides, "training.recompute": recompute}
+        settings = with_overrides(config, chosen)
         work = workload_of(settings)
-        return settings, work, memory_of(settings, arch, device, work)
+        memory = memory_of(settings, arch, device, work)
+        return (chosen, settings, work, memory) if memory.worst.needed <= HEADROOM * memory.limit else None
 
-    def fits(recompute: str) -> bool:
-        memory = changed(recompute)[2]
-        return memory.worst.needed <= HEADROOM * memory.limit
-
-    if not fits(RECOMPUTES[-1]):  # as most layouts of a large model
+    most = fitting(RECOMPUTES[-1])
+    if most is None:  # as most layouts of a large model
         return None
-    least = next(filter(fits, RECOMPUTES[:-1]), RECOMPUTES[-1])
-    settings, work, memory = changed(least)
-    seconds = estimate_of(settings, arch, device, work, memory).time.total
-    return seconds, {**overrides, "training.recompute": least}
+    chosen, settings, work, memory = next(filter(None, map(fitting, RECOMPUTES[:-1])), most)
+    return estimate_of(settings, arch, device, work, memory).time.total, chosen
 
 
 def _yaml(value: Any) -> str:
