@@ -52,7 +52,7 @@ def model_of(
 
 
 def numpy(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().numpy().copy()
+    return None if tensor is None else tensor.detach().cpu().numpy().copy()
 
 
 def policy_stats(rank: Rank, path: Path, batches: list[MicroBatch], temperature: float) -> list[dict[str, np.ndarray]]:
@@ -94,7 +94,7 @@ def policy_gradients(
     mine = [context_share(batch, rank.parallel.context, rank.at.context) for batch in batches[rank.at.data]]
 
     def coefficient(index: int, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        advantage = torch.from_numpy(mine[index].advantage)[tokens]
+        advantage = torch.from_numpy(mine[index].advantage)[tokens].to(stats.logprob.device)
         return advantage, torch.full_like(advantage, 0.1), {}
 
     during_backward: list[bool] = []

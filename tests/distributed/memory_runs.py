@@ -137,6 +137,10 @@ def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarra
     trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     trainer._train_step(0, minibatches)  # Adam has its state from here on
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        trainer._train_step(1, minibatches)
+        return torch.cuda.max_memory_allocated()
     standing = sum(nbytes for place, nbytes in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         trainer._train_step(1, minibatches)

@@ -1,5 +1,6 @@
-"""Real processes over gloo for tests, used by many: forked from one that has imported torch and Megatron, which takes
-seconds.
+"""Real processes for tests, used by many: forked from one that has imported torch and Megatron, which takes seconds.
+
+They talk over gloo, or over NCCL where there are GPUs: one a rank, and a test that wants more ranks is skipped.
 
 A job is a module-level function `job(parallel, *args)`; it runs on every rank with the process groups of
 `parallel` set up, and what it returns comes back, one a rank. Tensors travel as numpy.
@@ -17,6 +18,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import psutil
+import pytest
+import torch
 
 from megatron_dppo.processes import free_port
 from megatron_dppo.weights.layout import Parallel
@@ -29,6 +32,7 @@ class RankPool:
     """Up to `size` ranks; `run` uses the first `parallel.ranks` of them."""
 
     def __init__(self, size: int) -> None:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or a look at the GPUs starts CUDA, which no fork survives
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
         self.jobs_done = 0
@@ -45,6 +49,8 @@ class RankPool:
 
     def run(self, job: Callable[..., Any], parallel: Parallel, *args: Any) -> list[Any]:
         """Results of all ranks; an error on any rank is raised here with its traceback."""
+        if 0 < (gpus := torch.cuda.device_count()) < parallel.ranks:
+            pytest.skip(f"{parallel.ranks} ranks on {gpus} GPUs")
         self.jobs_done += 1
         port = free_port()
         pipes = self._pipes[: parallel.ranks]
@@ -90,8 +96,6 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 def _serve(pipe: Any) -> None:
-    import torch
-
     torch.set_num_threads(1)
     while True:
         try:
@@ -104,7 +108,8 @@ def _serve(pipe: Any) -> None:
 def _answer(job: Callable, parallel: Parallel, rank: int, port: int, args: tuple) -> tuple[str | None, Any]:
     from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(parallel.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": parallel.ranks}
+    os.environ.update({n: str(v) for n, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         result = job(initialise_parallel(parallel, seed=1, timeout_s=60.0), *args)
         finalise_parallel()

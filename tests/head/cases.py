@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dppo.algorithm.objectives import TokenStats
 
 PADDED, H = 112, 16  # the shard borders at TP 2 and 4: 28, 56, 84
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Case:
     temperature: float
     c_logprob: Tensor
     c_entropy: Tensor | None
+
+    def to(self, device: str) -> Case:
+        """The same there."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Case(**{n: part.to(device) if isinstance(part, Tensor) else part for n, part in parts.items()})
 
     def coefficients(self, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor | None]:
         """What the head asks for a range of tokens."""
@@ -135,7 +141,7 @@ def assert_equal(
 
 def close(got: Tensor, want: Tensor, atol: float) -> None:
     """Equal within `atol`, infinities exactly."""
-    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=atol)
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=atol, check_device=False)
 
 
 CASES: dict[str, Callable[[], Case]] = {

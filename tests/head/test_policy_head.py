@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,21 @@ from torch import Tensor
 from megatron_dppo.algorithm.divergence import binary_kl, binary_tv, topk_kl, topk_tv
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.head.policy_head import HeadMemory, VocabShard, policy_loss, token_stats
-from tests.head.cases import CASES, PADDED, Case, H, answer, assert_equal, close, make_case, tolerance
+from tests.head import cases
+from tests.head.cases import DEVICE, PADDED, Case, H, answer, assert_equal, close, tolerance
 
 CHUNK_OF_4 = HeadMemory("chunk", 4 * 4 * PADDED)
+CASES = {name: lambda make=make: make().to(DEVICE) for name, make in cases.CASES.items()}
 PATHS = {
     "store": HeadMemory("store"),
     "chunk": CHUNK_OF_4,
     "auto": HeadMemory(),
     "chunk_of_1": HeadMemory("chunk", 4 * PADDED),
 }
+
+
+def make_case(**settings: Any) -> Case:
+    return cases.make_case(**settings).to(DEVICE)
 
 
 def loss_of(case: Case, memory: HeadMemory, weight: Tensor | None = None) -> tuple[Tensor, TokenStats, Tensor, Tensor]:
@@ -107,13 +114,19 @@ def test_divergences_of_identical_logits(temperature: float, seed: int) -> None:
     vocab, tokens, k = 64, 200, 8
     mu_logits = 2 * torch.randn(tokens, vocab, generator=g)
     pi_logits = mu_logits + 0.5 * torch.randn(tokens, vocab, generator=g)
-    targets = torch.randint(0, vocab, (tokens,), generator=g)
+    targets = torch.randint(0, vocab, (tokens,), generator=g).to(DEVICE)
+    mu_logits, pi_logits = mu_logits.to(DEVICE), pi_logits.to(DEVICE)
     topk_ids = mu_logits.topk(k).indices
     log_mu, log_pi = (torch.log_softmax(x.double() / temperature, -1) for x in (mu_logits, pi_logits))
     columns = torch.cat([topk_ids, targets[:, None]], 1)
     mu = log_mu.gather(1, columns).float()
     stats = token_stats(
-        pi_logits, torch.eye(vocab), targets, topk_ids, shard=VocabShard(0, vocab), temperature=temperature
+        pi_logits,
+        torch.eye(vocab, device=DEVICE),
+        targets,
+        topk_ids,
+        shard=VocabShard(0, vocab),
+        temperature=temperature,
     )
     assert stats.topk_logprob is not None and stats.member is not None
     pi = log_pi.gather(1, columns)
@@ -130,7 +143,7 @@ def test_a_column_that_cannot_be_sampled(path: str) -> None:
     hidden[:, 0] = 1.0
     weight = torch.zeros(8, H)
     weight[3, 0] = -torch.inf
-    case = Case(hidden, weight, torch.tensor([0, 7]), None, 8, 1.0, torch.ones(2), torch.ones(2))
+    case = Case(hidden, weight, torch.tensor([0, 7]), None, 8, 1.0, torch.ones(2), torch.ones(2)).to(DEVICE)
     loss, stats, _, weight = loss_of(case, PATHS[path])
     close(stats.entropy, torch.tensor([7.0, 7.0]).log(), 1e-6)
     close(loss.detach(), torch.zeros(()), 1e-6)  # log 1/7 + log 7, twice
@@ -145,7 +158,7 @@ def test_a_column_that_cannot_be_sampled(path: str) -> None:
 def test_a_blocked_token_that_became_impossible_does_not_stop_the_run() -> None:
     hidden, weight = torch.ones(1, H), torch.zeros(4, H)
     weight[2, 0] = -torch.inf
-    case = Case(hidden, weight, torch.tensor([2]), None, 4, 1.0, torch.zeros(1), None)
+    case = Case(hidden, weight, torch.tensor([2]), None, 4, 1.0, torch.zeros(1), None).to(DEVICE)
     loss, stats, _, _ = loss_of(case, PATHS["store"])
     assert stats.logprob.item() == -torch.inf and loss.item() == 0.0
 
@@ -176,7 +189,7 @@ def test_chunks_come_in_order_and_within_the_budget() -> None:
 
 def with_main_grad(case: Case, **marks: bool) -> Tensor:
     weight = torch.nn.Parameter(case.weight.clone())
-    weight.main_grad = torch.ones(weight.shape, dtype=torch.float32)  # an earlier micro-batch's
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # an earlier micro-batch's
     weight.grad_added_to_main_grad = False
     for name, value in marks.items():
         setattr(weight, name, value)
@@ -241,7 +254,7 @@ def test_the_upstream_gradient() -> None:
     assert hidden.grad is not None
     close(hidden.grad, 3 * answer(case).d_hidden, 1e-4)
 
-    loss, _, _, _ = loss_of(case, PATHS["chunk"])
+    loss, _, _, _ = loss_of(case.to("cpu"), PATHS["chunk"])  # a GPU's assertion ends the process
     with pytest.raises(RuntimeError, match=r"got an upstream gradient of 3.0, expected loss_scale=1.0"):
         (3 * loss).backward()
 
@@ -294,7 +307,7 @@ def test_entropy_coefficients_have_to_be_announced() -> None:
 )
 @pytest.mark.parametrize("entry", ["stats", "loss"])
 def test_refusals(entry: str, change: dict, message: str) -> None:
-    case = replace(make_case(k=4), **change)
+    case = replace(cases.make_case(k=4), **change)  # on the CPU: a GPU's assertions end the process
     shard = VocabShard(0, case.vocab_size)
     with pytest.raises(ValueError, match=message):
         if entry == "stats":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -184,3 +187,31 @@ def test_a_plan_for_other_boxes_is_refused() -> None:
         check_share(share, boxes[1])
     with pytest.raises(ValueError, match="the plan sends 0 elements of more, expected 6"):
         check_share(share, [*boxes[0], ("more", (0,), (6,))])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpus_memory_is_mapped_by_another_process() -> None:
+    """CUDA IPC, three messages one behind the other from one buffer that does not begin its allocation."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    sender = context.Process(target=_send_over_ipc, args=(server.port, theirs))
+    sender.start()
+    channel = IpcChannel(server, "gpu", 0, 2, torch.device("cuda", 0), TIMEOUT_S)
+    for number in range(3):
+        found = torch.zeros(1000, dtype=torch.uint8, device="cuda")
+        channel.receive(found, 1, 0).wait(timedelta(seconds=TIMEOUT_S))
+        assert found.tolist() == [(i + number) % 251 for i in range(1000)]
+    assert ours.recv() == "sent"
+    sender.join()
+
+
+def _send_over_ipc(port: int, done: Connection) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    channel = IpcChannel(store, "gpu", 1, 2, torch.device("cuda", 0), TIMEOUT_S)
+    buffer = channel.allocate(5000)[512:]
+    channel.register([buffer])
+    for number in range(3):
+        buffer[100:1100] = (torch.arange(1000, device="cuda") + number) % 251
+        channel.send(buffer[100:1100], 0, 0).wait(timedelta(seconds=TIMEOUT_S))
+    done.send("sent")
