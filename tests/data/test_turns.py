@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.test_trajectory import make
 
 from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.data.turns import join_turns
+from tests.data.test_trajectory import make
 
 FED = 3
 
