@@ -1,6 +1,6 @@
-"""Rules of a job on several machines, in the manner of `config_rules`: one line a fault, with what would mend it.
+"""Rules of a job on several machines, in the manner of `config.rules`: one line a fault, with what would mend it.
 
-`violations` stop a job or waste whole machines; `advice` costs time. `config_rules` has the rules that the launchers
+`violations` stop a job or waste whole machines; `advice` costs time. `config.rules` has the rules that the launchers
 check, too; these are the planner's own.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
-from megatron_dppo.config_cluster_rules import startable
-from megatron_dppo.config_loading import sections_of
-from megatron_dppo.config_rules import SETTING_RULES, Rule, broken_rules, machine_rules
+from megatron_dppo.config.cluster_rules import startable
+from megatron_dppo.config.loading import sections_of
+from megatron_dppo.config.rules import SETTING_RULES, Rule, broken_rules, machine_rules
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dppo.processes import free_port
+from megatron_dppo.job.processes import free_port
 from megatron_dppo.weights.layout import Parallel
 
 TIMEOUT_S = 240.0

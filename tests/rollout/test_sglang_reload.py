@@ -1,4 +1,4 @@
-"""`sglang_reload.Reload` on models whose loaders do what SGLang's do; real ones are in tests/engines."""
+"""`sglang.reload.Reload` on models whose loaders do what SGLang's do; real ones are in tests/engines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_dppo.rollout.sglang_reload import Reload
+from megatron_dppo.rollout.sglang.reload import Reload
 from megatron_dppo.weights.hub_files import TensorInfo
 
 SHAPES = {"q": (2, 3), "k": (1, 3), "embed": (5, 2), "q_a": (2, 4), "kv_a": (1, 4), "dropped": (2,)}
