@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig
-from megatron_dppo.config.cluster_rules import gpus_per_machine
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control
 from megatron_dppo.data.rewards import MathAnswer, make_reward
@@ -25,6 +24,7 @@ from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.job.processes import supervise
 from megatron_dppo.job.run import job, run_directory
 from megatron_dppo.metrics import write_summary
+from megatron_dppo.placement import gpus_per_machine
 from megatron_dppo.rollout.client import connect_engines
 from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.evaluation import Result, describe_eval_sets, evaluate, load_eval_sets, measures_of

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_dppo.placement import gpus_per_machine, nodes_of_engine
+
 if TYPE_CHECKING:
     from megatron_dppo.config import ClusterConfig, ParallelConfig, RolloutConfig
-
-
-def gpus_per_machine(cluster: ClusterConfig) -> int | None:
-    """What a job may count on; None on the CPU, or where only the job's machines know (`device: auto`)."""
-    if cluster.device == "auto":
-        import torch
-
-        return torch.cuda.device_count() or None
-    return None if cluster.device == "cpu" else cluster.devices_per_node
 
 
 def _nodes(parallel: ParallelConfig, cluster: ClusterConfig) -> Iterator[str]:
@@ -70,11 +63,6 @@ def _engine_nodes(parallel: ParallelConfig, cluster: ClusterConfig, rollout: Rol
         yield (
             f"rollout.engines: got {rollout.engines} of {rollout.tensor} GPUs, expected at most {room}: what {whose}"
         )
-
-
-def nodes_of_engine(rollout: RolloutConfig, gpus: int | None) -> int:
-    """Over how many nodes of so many GPUs an engine reaches; None: the CPU, of which there is enough."""
-    return 1 if gpus is None else -(-rollout.tensor // gpus)
 
 
 def startable(cluster: ClusterConfig, rollout: RolloutConfig) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -12,20 +11,15 @@ from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config.file_rules import few
+from megatron_dppo.placement import is_local
 from megatron_dppo.rollout.engine import UPDATE_DTYPES
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout, indivisible
 
 if TYPE_CHECKING:
     from megatron_dppo.config import ClusterConfig, ModelConfig, RolloutConfig, SyncConfig
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
 VLLM_CPU_LATENT_SIZE = 576
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-
-def is_local(url: str) -> bool:
-    """Whether an engine's address is of this machine."""
-    return urlsplit(url).hostname in LOCAL_HOSTS
 
 
 def _sampling(rollout: RolloutConfig) -> Iterator[str]:

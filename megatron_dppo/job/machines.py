@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dppo.config import Config
-from megatron_dppo.config.cluster_rules import gpus_per_machine
-from megatron_dppo.config.rollout_rules import is_local
 from megatron_dppo.control import Control
 from megatron_dppo.job.processes import Child, free_port, start
+from megatron_dppo.placement import SHARED_GPU_MEMORY, engine_place, is_local
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
 HOST = "127.0.0.1"
-SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
 
 
 @dataclass(frozen=True)
@@ -79,19 +77,6 @@ class ThisMachine:
     ) -> Iterator[Child]:
         """One child a rank."""
         return start_ranks([sys.executable, "-m", module, str(resolved)], config.parallel.ranks, env=env, logs=logs)
-
-
-def gpus_apart(config: Config) -> bool:
-    """Whether the one machine of a job has GPUs for the engines beside the ranks'."""
-    gpus = gpus_per_machine(config.cluster) or 0
-    return gpus >= config.parallel.ranks + config.rollout.engines * config.rollout.tensor
-
-
-def engine_place(config: Config, number: int) -> tuple[int, bool]:
-    """The first GPU of an engine on the one machine of a job, behind the ranks' where there are enough; whether ranks
-    have it too."""
-    shared = not gpus_apart(config)
-    return number * config.rollout.tensor + (0 if shared else config.parallel.ranks), shared
 
 
 def visible_gpus(first: int, count: int) -> str:

@@ -22,8 +22,9 @@ from pathlib import Path
 from megatron_dppo.config import Config
 from megatron_dppo.config.cluster_rules import startable
 from megatron_dppo.control import Control, engine_url_key
-from megatron_dppo.job.machines import Engine, engine_name, engine_place, job_environment
+from megatron_dppo.job.machines import Engine, engine_name, job_environment
 from megatron_dppo.job.processes import Child, start
+from megatron_dppo.placement import engine_place
 
 PYTHON_VARIABLE = "MEGATRON_DPPO_STEP_PYTHON"  # the interpreter on the nodes; the launcher's own if not set
 NAMES_VARIABLE = "MEGATRON_DPPO_NODES"  # without Slurm: addresses of the nodes, this one first

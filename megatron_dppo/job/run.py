@@ -24,7 +24,6 @@ from megatron_dppo.architecture import load_architecture
 from megatron_dppo.checkpoints import DIRECTORY, check_resumable, complete_checkpoints, read_state, start_of
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.config.loading import save_config
-from megatron_dppo.config.rollout_rules import is_local
 from megatron_dppo.control import (
     BACKEND_KEY,
     CONTROL_VARIABLE,
@@ -35,7 +34,7 @@ from megatron_dppo.control import (
     STOPPED_KEY,
     Control,
 )
-from megatron_dppo.job.machines import Engine, Machines, ThisMachine, gpus_apart
+from megatron_dppo.job.machines import Engine, Machines, ThisMachine
 from megatron_dppo.job.nodes import NAMES_VARIABLE, named_nodes
 from megatron_dppo.job.places import JOB_VARIABLE, RESTARTED_VARIABLE, elsewhere
 from megatron_dppo.job.processes import Child, noted, start, stop_on_exit, supervise
@@ -49,6 +48,7 @@ from megatron_dppo.metrics import (
     read_metrics,
     write_summary,
 )
+from megatron_dppo.placement import engines_apart, transport_of
 from megatron_dppo.rollout.engine import EngineUnreachable
 from megatron_dppo.rollout.engines import runs_on_cpu, wait_ready
 
@@ -243,14 +243,10 @@ def _introduction(message: Mapping[str, Any]) -> list[str]:
 def with_transport(config: Config) -> Config:
     """The config with sync.transport decided. Raises ValueError where it cannot be what was asked for."""
     sync = config.sync
-    far = config.cluster.machines > 1 or not all(map(is_local, config.rollout.urls))
     on_gpus = elsewhere(config.cluster) or not runs_on_cpu(config.rollout.engine)
-    separate = not far and not config.rollout.urls and on_gpus and gpus_apart(config)
-    if sync.transport == "ipc" and separate:
+    if sync.transport == "ipc" and on_gpus and not config.rollout.urls and engines_apart(config):
         raise ValueError("sync.transport: got ipc, expected group: the engines have GPUs that no rank sees")
-    if sync.transport != "auto":
-        return config
-    chosen = "group" if far or (separate and config.rollout.engines == 1) else "shm"
+    chosen = transport_of(config, engines_on_gpus=on_gpus)
     return config.model_copy(update={"sync": sync.model_copy(update={"transport": chosen})})
 
 

@@ -8,15 +8,14 @@ from functools import lru_cache
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, longest_sequence
+from megatron_dppo.placement import SHARED_GPU_MEMORY, engines_apart, transport_of
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import ITEMSIZE
-from megatron_dppo.planner.workload import shares_devices, transport_of
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.mapping import float32_tensors
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT
 
 ENGINE_SHARE = 0.9  # of a device that the engine has alone: vLLM's default
-SHARED_SHARE = 0.4  # of one that it shares with a rank: launch.SHARED_GPU_MEMORY
 FORWARD_BYTES = 2 * GIB  # activations and graphs of a worker's largest batch
 
 
@@ -48,11 +47,11 @@ def engine_memory(config: Config, arch: Architecture, device: Device) -> EngineM
     rollout = config.rollout
     itemsize = ITEMSIZE[rollout.dtype]
     weights = worker_weights(arch, engine_parallel(config), itemsize)
-    shared = shares_devices(config)
+    shared = device.is_gpu and not engines_apart(config)
     staging = BUCKETS_IN_FLIGHT * config.sync.bucket_bytes if transport_of(config) in ("group", "ipc") else 0
     forward = FORWARD_BYTES if device.is_gpu else 0
     kv = kv_bytes_per_token(arch, rollout.tensor, itemsize)
-    budget = round(device.memory_bytes * (SHARED_SHARE if shared else ENGINE_SHARE))
+    budget = round(device.memory_bytes * (SHARED_GPU_MEMORY if shared else ENGINE_SHARE))
     # On a CPU the cache has its own setting, beside the weights.
     cache = budget - weights - staging - forward if device.is_gpu else rollout.kv_cache_gib * GIB
     sequences = max(cache, 0) // (kv * longest_sequence(config))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, num_recorded_topk, objective_of
 from megatron_dppo.head.policy_head import HeadMemory
+from megatron_dppo.placement import transport_of
 from megatron_dppo.planner.activations import (
     Layers,
     attention_core_bytes,
@@ -21,7 +22,7 @@ from megatron_dppo.planner.activations import (
 )
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.parameters import Parameters, stage_parameters
-from megatron_dppo.planner.workload import Workload, chunks_in_flight, transport_of
+from megatron_dppo.planner.workload import Workload, chunks_in_flight
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT
 

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
 from megatron_dppo.config.loading import ConfigError, load_config, sections_of
+from megatron_dppo.placement import engines_apart
 from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages
@@ -17,7 +18,7 @@ from megatron_dppo.planner.rules import advice, broken_sections, violations
 from megatron_dppo.planner.shapes import find_architecture
 from megatron_dppo.planner.step_time import StepTime, step_time
 from megatron_dppo.planner.traffic import Sync, Wire, step_wires, sync_traffic
-from megatron_dppo.planner.workload import Workload, shares_devices, workload_of
+from megatron_dppo.planner.workload import Workload, workload_of
 from megatron_dppo.weights.engine_layout import indivisible
 
 MEMORY = "memory of "  # what a violation begins with that no rule is
@@ -129,7 +130,7 @@ def memory_of(config: Config, arch: Architecture, device: Device, work: Workload
     planned = not config.rollout.urls and not any(indivisible(arch, engine_parallel(config)))
     engine = engine_memory(config, arch, device) if planned else None
     limit = device.memory_bytes
-    if engine is not None and device.is_gpu and shares_devices(config):
+    if engine is not None and device.is_gpu and not engines_apart(config):
         limit -= engine.budget
     return Memory(tuple(all_stages(config, arch, device, work)), engine, limit)
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from megatron_dppo.architecture import Architecture, forward_flops
 from megatron_dppo.config import Config, objective_of
+from megatron_dppo.placement import engines_apart
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import FILE_BANDWIDTH, Device
 from megatron_dppo.planner.memory import ITEMSIZE, expert_data
 from megatron_dppo.planner.parameters import stage_parameters
 from megatron_dppo.planner.traffic import Sync, Wire
-from megatron_dppo.planner.workload import MEAN_PROMPT, MEAN_RESPONSE, Workload, evaluation_samples, shares_devices
+from megatron_dppo.planner.workload import MEAN_PROMPT, MEAN_RESPONSE, Workload, evaluation_samples
 from megatron_dppo.weights.layout import Parallel, chunk_layers
 
 DECODE_SHARE = 0.6  # of the memory's bandwidth
@@ -76,7 +77,7 @@ def step_time(
     if sync is not None:
         terms["sync"] = sync.seconds
     # On the same devices one waits for the other, however stale samples may be.
-    at_once = config.rollout.max_staleness and not shares_devices(config)
+    at_once = config.rollout.max_staleness and engines_apart(config)
     hidden = min(terms.get("rollout", 0.0), trained) if at_once else 0.0
     terms |= train
     if engine is not None and config.data.eval:

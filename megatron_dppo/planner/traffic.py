@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, ParallelConfig
+from megatron_dppo.placement import engines_apart, transport_of
 from megatron_dppo.planner.engine import engine_parallel, worker_weights
 from megatron_dppo.planner.hardware import FILE_BANDWIDTH, Device
 from megatron_dppo.planner.memory import ITEMSIZE, expert_data
 from megatron_dppo.planner.parameters import Parameters, stage_parameters
-from megatron_dppo.planner.workload import Workload, shares_devices, transport_of
+from megatron_dppo.planner.workload import Workload
 from megatron_dppo.weights.layout import chunk_layers
 
 LINK_SHARE = 0.7  # of a link's bandwidth that large collectives get
@@ -126,7 +127,7 @@ def sync_traffic(config: Config, arch: Architecture, device: Device) -> Sync:
         seconds = 2 * whole / FILE_BANDWIDTH[transport]  # written, then read
         return Sync(transport, whole, 0, most, whole, 1, seconds)
     buckets = -(-most // config.sync.bucket_bytes)
-    near = not config.cluster.engine_nodes and config.cluster.nodes == 1 and not shares_devices(config)
+    near = not config.cluster.engine_nodes and config.cluster.nodes == 1 and engines_apart(config)
     bandwidth = (device.node_bandwidth if near or transport == "ipc" else device.network_bandwidth) * LINK_SHARE
     senders = config.parallel.ranks * _sending_share(config.parallel, arch.num_layers, buckets)
     busiest = round(max(total / senders, most))

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_dppo.config import Config
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
 
 MEAN_RESPONSE = 0.5  # of rollout.max_response_tokens, for times; memory is planned for the longest
@@ -106,20 +105,3 @@ def chunks_in_flight(parallel: Parallel, stage: int, micro_batches: int) -> tupl
         if step + 1 >= ahead and step + 1 - ahead < steps:
             kept[virtual - 1 - order[step + 1 - ahead]] -= 1
     return most
-
-
-def shares_devices(config: Config) -> bool:
-    """Whether engines run on devices that ranks have, too."""
-    cluster, rollout = config.cluster, config.rollout
-    if cluster.engine_nodes:
-        return False
-    return cluster.nodes * cluster.devices_per_node < config.parallel.ranks + rollout.engines * rollout.tensor
-
-
-def transport_of(config: Config) -> Transport:
-    """How weights get to the engines, with "auto" decided as the launchers do."""
-    if config.sync.transport != "auto":
-        return config.sync.transport
-    own = not shares_devices(config) and config.cluster.device != "cpu"
-    far = bool(config.cluster.engine_nodes) or config.cluster.nodes > 1 or bool(config.rollout.urls)
-    return "group" if own and (far or config.rollout.engines == 1) else "shm"

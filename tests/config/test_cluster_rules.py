@@ -8,7 +8,6 @@ import pytest
 
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.config.rules import RULES, broken_rules
-from megatron_dppo.job.run import with_transport
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 H100 = "cluster.device=h100"
@@ -79,8 +78,3 @@ def test_rules(overrides: list[str], fault: str | None) -> None:
     config = load_config(RECIPE, overrides)
     sections = {name: getattr(config, name) for name in ("parallel", "cluster", "rollout", "sync")}
     assert broken_rules(sections, RULES) == ([] if fault is None else [fault])
-
-
-def test_weights_go_by_group_between_machines() -> None:
-    assert with_transport(load_config(RECIPE, ["cluster.nodes=2"])).sync.transport == "group"
-    assert with_transport(load_config(RECIPE)).sync.transport == "shm"
