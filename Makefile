@@ -23,7 +23,7 @@ TWO_SERVERS := -n 2 --dist loadfile
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-slurm test-long test-latest lint types format clean
+.PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-slurm test-gpu test-long test-latest lint types format clean
 
 help:  ## This list
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,11 @@ test-slurm: $(STAMP) runs/quickstart/input/heldout.jsonl  ## Jobs on a real Slur
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } || \
 	{ echo "test-slurm: install Slurm and munge (Debian: slurm-wlm, munge); apt-get could not" >&2; exit 1; }
 	$(PYTEST) tests/slurm $(ARGS)
+
+test-gpu:  ## What one machine's GPUs can test, in the Python that PYTHON names: head, ranks over NCCL, memory, CUDA IPC
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/head tests/distributed tests/weights/test_transfer.py \
+		--ignore tests/distributed/test_kills.py --ignore tests/distributed/test_cuts.py \
+		--ignore tests/distributed/test_policy_head.py $(ARGS)
 
 test-long: $(STAMP) $(SGLANG_STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)

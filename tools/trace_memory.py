@@ -2,8 +2,9 @@
 
     python tools/trace_memory.py [NAME...]
 
-Real ranks over gloo on the CPU, torch's allocations followed by its profiler; a minute a run. The runs are those of
-tests/distributed/memory_runs.py, which `tests/distributed/test_memory.py` checks.
+Real ranks: over gloo on the CPU, torch's allocations followed by its profiler; on GPUs, one a rank, by their
+allocator's count. A minute a run. The runs are those of tests/distributed/memory_runs.py, which
+`tests/distributed/test_memory.py` checks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,9 +26,12 @@ def main() -> None:
 
     runs = CALIBRATION | CHECKS | OTHERS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(runs)}; all if none is given")
-    names = parser.parse_args().names or list(runs)
-    pool = RankPool(2)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(runs)}; all that have GPUs enough if none is given"
+    )
+    most = torch.cuda.device_count() or 2
+    names = parser.parse_args().names or [name for name, run in runs.items() if run.parallel.ranks <= most]
+    pool = RankPool(max(runs[name].parallel.ranks for name in names))
     print("| run | rank | traced MiB | planned MiB | planned / traced |\n|---|---|---|---|---|")
     for name in names:
         with tempfile.TemporaryDirectory() as place:

@@ -31,7 +31,7 @@ GRADIENT_BYTES = 4  # Megatron's main_grad: grad_reduce_in_fp32
 # Of a layer's backward, in copies of the rows for the experts (or of the hidden states, in a dense layer) that are
 # alive at once, above what the layer kept. Frozen on the three calibration runs of benchmarks/planner.md.
 LAYER_COPIES = 5
-ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam
+ADAM_SCRATCH = 2  # float32 copies of the largest parameter, in torch's Adam on a CPU
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def rank_memory(config: Config, arch: Architecture, device: Device, work: Worklo
         activations=kept,
         logits=_logits(config, arch, device, layers, work) if stage == parallel.pipeline - 1 else 0,
         working=working,
-        scratch=_scratch(config, device, own),
+        scratch=_scratch(config, device, layers, own),
         overhead=device.overhead_bytes,
         optimizer_host=host,
         checkpoint_host=12 * own.trained if config.checkpoint.every and parallel.distributed_optimizer else 0,
@@ -146,17 +146,17 @@ def expert_data(config: Config) -> int:
     return max(1, parallel.ranks // (parallel.expert * parallel.expert_tensor * parallel.pipeline))
 
 
-def _largest_shard(config: Config, own: Parameters) -> int:
-    replicas = config.parallel.data * config.parallel.context if config.parallel.distributed_optimizer else 1
-    return min(own.largest, -(-own.trained // replicas))
-
-
-def _scratch(config: Config, device: Device, own: Parameters) -> int:
-    """Of the reduction of gradients, which gloo does in a copy of them, and of torch's Adam; nothing on a GPU."""
-    if device.is_gpu:
+def _scratch(config: Config, device: Device, layers: Layers, own: Parameters) -> int:
+    """Of the reduction of gradients, which gloo does in a copy of them, and of torch's Adam: on a GPU that takes the
+    roots of all second moments at once. Transformer Engine's, which Megatron prefers, needs none."""
+    if layers.fused:
         return 0
+    replicas = config.parallel.data * config.parallel.context if config.parallel.distributed_optimizer else 1
+    shard = -(-own.trained // replicas)
+    if device.is_gpu:
+        return 0 if config.training.optimizer == "sgd" or config.training.offload_optimizer else 4 * shard
     copy = GRADIENT_BYTES * own.trained if config.parallel.distributed_optimizer else 0
-    return max(copy, 4 * ADAM_SCRATCH * _largest_shard(config, own))
+    return max(copy, 4 * ADAM_SCRATCH * min(own.largest, shard))
 
 
 def _staging(config: Config, weights: int) -> int:

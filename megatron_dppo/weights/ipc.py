@@ -1,7 +1,7 @@
 """A channel between processes of one machine, through memory that both map: CUDA IPC on a GPU, else a memory file.
 
 Nothing is left behind by a process that dies: a memory file is reached through the process that has it, and CUDA's
-memory goes with its owner. Written for CUDA, too, and run on CPUs only so far.
+memory goes with its owner.
 """
 
 from __future__ import annotations

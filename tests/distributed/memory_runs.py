@@ -20,7 +20,7 @@ from megatron_dppo.architecture import load_architecture
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.config import Config
 from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
-from megatron_dppo.planner.hardware import GIB, Device
+from megatron_dppo.planner.hardware import GIB, GPUS, Device
 from megatron_dppo.planner.memory import RankMemory, rank_memory
 from megatron_dppo.planner.workload import workload_of
 from megatron_dppo.rollout.client import place_batch
@@ -30,7 +30,7 @@ from tests.distributed.rank_pool import RankPool
 from tests.tiny_models import deepseek_config, qwen2_config, tiny_config, tiny_model, write_checkpoint
 
 PROMPT = 16  # short, for every token is planned as a counted one
-CPU = Device("cpu", 24 * GIB, 0, 1e11, 1.0, 1e10, 1e9, 1e9)
+HERE = GPUS["h200"] if torch.cuda.is_available() else Device("cpu", 24 * GIB, 0, 1e11, 1.0, 1e10, 1e9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MemoryRun:
                     "samples_per_prompt": self.samples,
                 },
                 **self.sections,
-                "model": {"path": "unused", "dtype": "bfloat16"} | self.sections.get("model", {}),
+                "model": {"path": "unused", "dtype": "bfloat16", "layers": "torch"} | self.sections.get("model", {}),
                 "parallel": asdict(self.parallel) | self.sections.get("parallel", {}),
                 "training": training | self.sections.get("training", {}),
             }
@@ -129,18 +129,16 @@ def planned(run: MemoryRun, place: Path) -> list[RankMemory]:
     """What the planner says of each rank, of the model that `traced` wrote."""
     config, arch = run.config(), load_architecture(place / "model")
     stages = [coordinates(run.parallel, rank).pipeline for rank in range(run.parallel.ranks)]
-    return [rank_memory(config, arch, CPU, workload_of(config), stage) for stage in stages]
+    return [rank_memory(config, arch, HERE, workload_of(config), stage) for stage in stages]
 
 
 def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path) -> int:
+    if torch.cuda.is_available():
+        return _peak_on_gpu(rank, path, config, batch, groups, shared)
     before = _storages()  # what jobs before left in this process
     trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     trainer._train_step(0, minibatches)  # Adam has its state from here on
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        trainer._train_step(1, minibatches)
-        return torch.cuda.max_memory_allocated()
     standing = sum(nbytes for place, nbytes in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         trainer._train_step(1, minibatches)
@@ -148,6 +146,22 @@ def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarra
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return standing + int(changes.cumsum().max())
+
+
+def _peak_on_gpu(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path) -> int:
+    """By the allocator's own count, without the workspace of cuBLAS, which is in the planner's overhead."""
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.ones(256, 256, dtype=dtype, device="cuda", requires_grad=True)
+        (square @ square).sum().backward()  # on a thread of its own, with a workspace of its own
+    del square
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    trainer = trainer_of(rank, path, config, shared)
+    minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
+    trainer._train_step(0, minibatches)
+    torch.cuda.reset_peak_memory_stats()
+    trainer._train_step(1, minibatches)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _storages() -> dict[int, int]:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import proof
@@ -19,7 +20,7 @@ from tests.tiny_models import tiny_model, write_checkpoint
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 20
-TOLERANCE = 1e-5  # relative: other processors sum in another order
+TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-5  # relative: other processors sum in another order
 
 
 def test_the_first_losses_are_those_of_before(ranks: RankPool, tmp_path: Path) -> None:

@@ -224,6 +224,21 @@ def test_bfloat16_is_near_fp32(ranks: RankPool, checkpoint: Path, tmp_path: Path
     assert metrics[0]["grad_norm"] == pytest.approx(fp32[0]["grad_norm"], rel=0.2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to offload from")
+def test_an_offloaded_optimizer_moves_the_weights_alike(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Two steps of Adam on the CPU are those on the GPU, to a rounding to bf16."""
+    found = {}
+    for offload in (False, True):
+        settings = config(Parallel(), **OBJECTIVES["binary_tv"], model={"path": "unused", "dtype": "bfloat16"})
+        training = settings.training.model_copy(update={"offload_optimizer": offload})
+        settings = settings.model_copy(update={"training": training})
+        found[offload], _ = ranks.run(rl_steps, Parallel(), checkpoint, settings, *samples(checkpoint), tmp_path)[0]
+    before = hub_tensors(checkpoint)
+    for name, weight in found[False].items():
+        np.testing.assert_allclose(found[True][name], weight, rtol=2**-7, atol=1e-6, err_msg=name)
+    assert any(not np.array_equal(found[True][name], before[name].bfloat16().float()) for name in before)
+
+
 def test_a_routers_bias_keeps_its_bits(ranks: RankPool, tmp_path: Path) -> None:
     """Two steps in bf16: everything moves but the buffer, which stays in fp32 and goes to the engines as it was."""
     path = write_checkpoint(tmp_path / "model", tiny_model(deepseek_config(), seed=5))

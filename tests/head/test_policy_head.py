@@ -203,8 +203,10 @@ def test_main_grad_takes_the_gradient_in_float32(path: str, dtype: torch.dtype) 
     weight = with_main_grad(case)
     loss, _, _, _ = loss_of(case, PATHS[path], weight)
     loss.backward()
-    added = weight.main_grad[: case.vocab_size] - 1
-    close(added, answer(case).d_weight, 1e-5)  # not rounded to bf16, also where the weight is bf16
+    added, expected = weight.main_grad[: case.vocab_size] - 1, answer(case).d_weight
+    # Not rounded to bf16, also where the weight is; on a GPU the gradient of the logits is, before the product.
+    rounding = 2**-8 * float(expected.abs().max()) if dtype == torch.bfloat16 and weight.is_cuda else 0.0
+    close(added, expected, 1e-5 + rounding)
     assert weight.grad_added_to_main_grad
     assert weight.grad is not None and weight.grad.shape == weight.shape  # the dummy that Megatron's hook wants
 

@@ -45,6 +45,14 @@ def test_adam_without_sharding_and_on_the_host() -> None:
     assert sgd.optimizer == 4 * (DENSE + EXPERT)
 
 
+def test_torchs_adam_on_a_gpu_takes_the_roots_of_all_moments() -> None:
+    """A shard of dense and expert parameters together over 4 replicas; Transformer Engine's Adam needs none."""
+    assert memory().scratch == 0
+    torch_layers = {"model": {"path": "/nowhere/" + ARCH, "layers": "torch"}}
+    assert memory(**torch_layers).scratch == 4 * (DENSE + EXPERT) // 4
+    assert memory(**torch_layers, training={"offload_optimizer": True}).scratch == 0
+
+
 def test_a_reference_and_recorded_routes() -> None:
     found = memory(loss={"kl": {"coefficient": 0.1}}, routing={"mode": "rollout"})
     assert found.reference == found.weights
