@@ -303,13 +303,15 @@ def _offload(
 
 
 def _offload_device(training: TrainingConfig) -> Iterator[str]:
-    """There is something to offload from."""
+    """There is something to offload from, and Transformer Engine, without which Megatron's optimizer fails."""
     if not training.offload_optimizer:
         return
     import torch
 
     if not torch.cuda.device_count():
         yield "training.offload_optimizer: got true, expected false: there is no GPU, all is on the CPU already"
+    elif find_spec("transformer_engine") is None:
+        yield "training.offload_optimizer: got true, expected false: Megatron's needs Transformer Engine, there is none"
 
 
 def _routing(routing: RoutingConfig, training: TrainingConfig, arch: Architecture) -> Iterator[str]:

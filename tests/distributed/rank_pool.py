@@ -24,7 +24,7 @@ import torch
 from megatron_dppo.job.processes import free_port
 from megatron_dppo.weights.layout import Parallel
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 400.0
 PRELOADED = "tests.distributed.jobs"
 
 
@@ -111,7 +111,7 @@ def _answer(job: Callable, parallel: Parallel, rank: int, port: int, args: tuple
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": parallel.ranks}
     os.environ.update({n: str(v) for n, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        result = job(initialise_parallel(parallel, seed=1, timeout_s=60.0), *args)
+        result = job(initialise_parallel(parallel, seed=1, timeout_s=200.0), *args)
         finalise_parallel()
         return None, result
     except Exception:

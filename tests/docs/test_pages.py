@@ -8,7 +8,7 @@ import pytest
 
 from tests.docs.blocks import PAGES, Block, make_sandbox, page_blocks, run
 
-DEADLINE_S = 240.0  # of a block: commands of a few seconds each, on a machine that may be busy
+DEADLINE_S = 400.0  # of a block: commands of a few seconds each, on a machine that may be busy
 
 
 def to_run(page: Path) -> list[Block]:

@@ -23,7 +23,7 @@ from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND, Kind
 from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
 
-READY_DEADLINE_S = 180.0
+READY_DEADLINE_S = 300.0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.engines.kinds import KIND
 from tests.tiny_models import EOS_ID, character_tokenizer, tiny_config, tiny_model, write_checkpoint
 
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0
 
 
 @torch.no_grad()

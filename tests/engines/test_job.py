@@ -24,7 +24,7 @@ from tests.engines.kinds import KIND
 from tests.tiny_models import randomize
 from tools.make_quickstart_input import write_initial_model
 
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0
 RUN_NAME = f"job{os.getpid()}"  # so that another test run on this machine is not taken for ours
 
 

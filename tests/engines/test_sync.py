@@ -26,7 +26,7 @@ from tests.tiny_models import deepseek_config, tiny_model
 from tools.make_quickstart_input import write_initial_model
 
 UPDATES = 10
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0
 GROUP_TIMEOUT_S = 5.0
 ENGINES: dict[str, dict[str, Any]] = {
     "tp1": {},
