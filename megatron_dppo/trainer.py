@@ -22,30 +22,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.algorithm.divergence import binary_tv
-from megatron_dppo.algorithm.objectives import (
-    Objective,
-    RolloutTokens,
-    TokenStats,
-    coefficient,
-    metrics,
-)
+from megatron_dppo.algorithm.objectives import Objective, RolloutTokens, TokenStats, coefficient, token_sums
 from megatron_dppo.algorithm.reference_kl import kl_coefficient
 from megatron_dppo.backend.checkpoint import load_training, save_training
 from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
-from megatron_dppo.backend.replay import LayerRoutes, Routes
-from megatron_dppo.backend.step import Sums, as_taken, compared_routes, loss_pass, recorded_routes, stats_pass
+from megatron_dppo.backend.replay import LayerRoutes, Routes, as_taken, compared_routes, recorded_routes
+from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, reference_kl_of
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
-from megatron_dppo.metrics import Laps, MetricsWriter
+from megatron_dppo.metrics import MEAN_ABS_PI_MINUS_MU, MISMATCH, Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
 from megatron_dppo.rollout.engine import Transport
+from megatron_dppo.step_metrics import route_agreement, token_means
 from megatron_dppo.weights.sync import WeightSender, save_checkpoint
 
 
@@ -149,18 +144,14 @@ class Trainer:
             except NonFinite as error:
                 raise NonFinite(f"step {step}, minibatch {index}: {error}") from None
             sums += results
-        at_sampling = _means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
-        means = _means(sums, self.model)
-        for name, measured in (("topk_tv", num_recorded_topk(self.config)), ("kl_reference", self.reference)):
-            if not measured:
-                del means[name]
+        at_sampling = token_means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
         return (
-            means
+            token_means(sums, self.model)
             | unreplayed
             | route_agreement(self.model, routes[0])  # mismatch and this: of the weights that the engine had
             | {
                 "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
-                "mismatch": at_sampling["mean_abs_pi_minus_mu"],
+                MISMATCH: at_sampling[MEAN_ABS_PI_MINUS_MU],
                 "grad_norm": sum(norms) / len(norms),
                 "lr": self.optimizer.lr,
             }
@@ -170,7 +161,8 @@ class Trainer:
         """What routers replay in each micro-batch: what the engine recorded, or what they take now, before the weights
         move (one pass without gradient)."""
         if self.config.routing.mode == "rollout":
-            return [[recorded_routes(self.model, batch) for batch in minibatch] for minibatch in minibatches]
+            recorded = partial(recorded_routes, moe_layers=self.model.moe_layers, device=self.model.device)
+            return [[recorded(batch) for batch in minibatch] for minibatch in minibatches]
         if self.config.routing.mode == "off":
             return [[None] * len(minibatch) for minibatch in minibatches]
         taken: list[list[Routes | None]] = []
@@ -231,7 +223,7 @@ class Trainer:
             rollout = tokens[index][part]
             result = coefficient(self.objective, stats, rollout)
             c_entropy = torch.full_like(stats.entropy, bonus) if bonus else None
-            value, sums = result.value, metrics(stats, rollout, result)
+            value, sums = result.value, token_sums(stats, rollout, result)
             if rollout.reference_logprob is not None:
                 ratio = result.ratio.clamp(max=self.objective.cap)
                 pull, distance = kl_coefficient(penalty, stats.logprob, rollout.reference_logprob, ratio)
@@ -272,57 +264,6 @@ def _extended(
         found = stats_pass(model, minibatch, None if routes is None else routes[index])
         extended.append([*map(extend, tokens, found)] if model.rank.is_last_stage else tokens)
     return extended
-
-
-def route_agreement(
-    model: Model, micro_batches: Sequence[Routes | None], name: str = "route_agreement"
-) -> dict[str, float]:
-    """Share of the recorded experts that routers take themselves, in all layers and in each, of passes that have been.
-    One all-reduce of two float64 a layer."""
-    replayed = [routes for routes in micro_batches if routes is not None]
-    if not replayed:
-        return {}
-    total = torch.zeros(2, model.arch.num_layers, dtype=torch.float64, device=model.device)
-    for layer, routes in (item for of_layers in replayed for item in of_layers.items()):
-        assert routes.agreed is not None and routes.valid is not None
-        total[0, layer] += routes.agreed
-        total[1, layer] += routes.valid.sum() * model.arch.num_experts_per_tok
-    dist.all_reduce(total)
-    agreed, experts = total.tolist()
-    if not sum(experts):
-        return {}
-    of_layers = {f"{name}/{i}": a / n for i, (a, n) in enumerate(zip(agreed, experts, strict=True)) if n}
-    return {name: sum(agreed) / sum(experts)} | of_layers
-
-
-def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
-    """Means over all tokens of all replicas. One all-reduce of a dozen float64; the numbers leave the device here."""
-    names = (
-        "loss", "count", "skipped", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
-        "kl_reference", "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
-    )  # fmt: skip
-    total = torch.zeros(len(names), dtype=torch.float64, device=model.device)
-    if model.rank.reports:
-        for result in sums:
-            total += torch.stack([result[name].double() if name in result else total.new_zeros(()) for name in names])
-    dist.all_reduce(total)
-    value = dict(zip(names, total.tolist(), strict=True))
-    positive, negative = (max(value[name], 1.0) for name in ("positive", "negative"))
-    tokens = value["tokens"] or math.nan  # where all were skipped, nothing was measured
-    return {
-        "loss": value["loss"] / max(value["count"], 1.0),
-        "tokens": value["tokens"],
-        "tokens_skipped": value["skipped"],
-        "mean_abs_pi_minus_mu": value["abs_pi_minus_mu"] / tokens,
-        "entropy": value["entropy"] / tokens,
-        "divergence": value["divergence"] / tokens,
-        "kl_mu_pi": value["kl_mu_pi"] / tokens,
-        "topk_tv": value["topk_tv"] / tokens,
-        "kl_reference": value["kl_reference"] / tokens,
-        "masked_share_positive": value["masked_positive"] / positive,
-        "masked_share_negative": value["masked_negative"] / negative,
-        "bad_update_share": value["bad_updates"] / negative,
-    }
 
 
 def _write(

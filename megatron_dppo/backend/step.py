@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.layers import PackedSequences
 from megatron_dppo.backend.model import Model, unwrapped
-from megatron_dppo.backend.replay import LayerRoutes, Routes, num_agreed
+from megatron_dppo.backend.replay import Routes
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and replicas
+LOSS_SUMS = ("loss", "count", "skipped")  # those of `loss_pass` itself
 # (index of the micro-batch, statistics of a range of its tokens, the range)
 # -> (c_logprob, c_entropy or None, sums over the range for the metrics)
 MicroCoefficientFn = Callable[[int, TokenStats, slice], tuple[Tensor, Tensor | None, Sums]]
@@ -84,32 +85,6 @@ def stats_pass(
 
     with torch.no_grad():  # Megatron's forward_only alone would keep every activation
         return _run(model, micro_batches, measure, routes, forward_only=True)
-
-
-def recorded_routes(model: Model, batch: MicroBatch) -> Routes:
-    """What a packed micro-batch's samples were recorded with, for the tokens and the MoE layers of this rank."""
-    assert batch.routes is not None and batch.routes_valid is not None
-    valid, experts = to_device(batch.routes_valid, model.device), to_device(batch.routes, model.device)
-    return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(model.moe_layers)}
-
-
-def as_taken(routes: Routes) -> Routes:
-    """What routers left in places for it, to be replayed."""
-    taken = {}
-    for layer, found in routes.items():
-        assert found.native is not None
-        taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
-    return taken
-
-
-def compared_routes(native: Routes, recorded: Routes) -> Routes:
-    """How far what routers left in places for it agrees with what was recorded."""
-    compared = {}
-    for layer, found in recorded.items():
-        own = native[layer].native
-        assert own is not None and found.experts is not None and found.valid is not None
-        compared[layer] = LayerRoutes(valid=found.valid, agreed=num_agreed(found.experts.long(), own, found.valid))
-    return compared
 
 
 def _run(
