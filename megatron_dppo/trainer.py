@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
+from megatron_dppo.head.rows import to_device
 from megatron_dppo.metrics import MEAN_ABS_PI_MINUS_MU, MISMATCH, Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
 from megatron_dppo.rollout.engine import Transport
@@ -101,7 +103,10 @@ class Trainer:
             remove_old_checkpoints(config.run.dir, config.checkpoint.keep)
 
     def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
-        """This replica's samples as minibatches of micro-batches; this context rank's part of each."""
+        """This replica's samples as minibatches of micro-batches; this context rank's part of each.
+
+        Raises ValueError for ids outside of the model's vocabulary.
+        """
         rank, loss = self.model.rank, self.config.loss
         layers = self.model.moe_layers if self.config.routing.mode == "rollout" else None
         samples = iter(load_batch(Path(order["files"][rank.at.data]), layers or ()))
@@ -116,10 +121,13 @@ class Trainer:
             skip_zero_advantage=loss.skip_zero_advantage,
             routed_layers=layers,
         )
-        return [
+        minibatches = [
             [build([next(samples) for _ in range(size)]) for size in sizes]
             for sizes in order["micro_batch_sizes"][rank.at.data]
         ]
+        for batch in chain.from_iterable(minibatches):
+            batch.check_ids(self.model.arch.vocab_size)
+        return minibatches
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
         """One gradient step a minibatch; returns the step's metrics (on every rank)."""
@@ -235,12 +243,8 @@ class Trainer:
 
 
 def _recorded(batch: MicroBatch, device: torch.device) -> RolloutTokens:
-    topk = None if batch.mu_topk_logprob is None else torch.from_numpy(batch.mu_topk_logprob).to(device)
-    return RolloutTokens(
-        advantage=torch.from_numpy(batch.advantage).to(device),
-        logprob=torch.from_numpy(batch.mu_logprob).to(device),
-        topk_logprob=topk,
-    )
+    topk = None if batch.mu_topk_logprob is None else to_device(batch.mu_topk_logprob, device)
+    return RolloutTokens(to_device(batch.advantage, device), to_device(batch.mu_logprob, device), topk)
 
 
 def _as_anchor(tokens: RolloutTokens, old: TokenStats) -> RolloutTokens:
