@@ -6,7 +6,6 @@ What comes next is the rollout client's to say, by an order (`control.Orders`).
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dppo.algorithm.divergence import binary_tv
 from megatron_dppo.algorithm.objectives import Objective, RolloutTokens, TokenStats, coefficient, token_sums
 from megatron_dppo.algorithm.reference_kl import kl_coefficient
 from megatron_dppo.backend.checkpoint import load_training, save_training
@@ -30,7 +27,7 @@ from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
-from megatron_dppo.backend.replay import LayerRoutes, Routes, as_taken, compared_routes, recorded_routes
+from megatron_dppo.backend.replay import Routes, as_taken, places_for, recorded_routes
 from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, reference_kl_of
@@ -39,10 +36,10 @@ from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.head.rows import to_device
-from megatron_dppo.metrics import MEAN_ABS_PI_MINUS_MU, MISMATCH, Laps, MetricsWriter
+from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
 from megatron_dppo.rollout.engine import Transport
-from megatron_dppo.step_metrics import route_agreement, token_means
+from megatron_dppo.step_metrics import KL_REFERENCE, Native, native_sums, step_metrics
 from megatron_dppo.weights.sync import WeightSender, save_checkpoint
 
 
@@ -130,10 +127,15 @@ class Trainer:
         return minibatches
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
-        """One gradient step a minibatch; returns the step's metrics (on every rank)."""
+        """One gradient step a minibatch; returns the step's metrics (on every rank).
+
+        Collectives: for each minibatch a `loss_pass` and an `Optimizer.step`; before all of them, where the config
+        wants it, a `stats_pass` over each minibatch for its routes, for the old policy and for the reference, and one
+        over the first without replay; at the end those of `step_metrics`.
+        """
         routes = self._routes(minibatches)
         known = self._rollout_tokens(minibatches, routes)
-        unreplayed = self._without_replay(step, minibatches[0], routes[0], known[0])
+        native = self._without_replay(step, minibatches[0], routes[0], known[0])
         self.optimizer.advance()
         sums: list[Sums] = []
         norms = []
@@ -152,18 +154,11 @@ class Trainer:
             except NonFinite as error:
                 raise NonFinite(f"step {step}, minibatch {index}: {error}") from None
             sums += results
-        at_sampling = token_means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
-        return (
-            token_means(sums, self.model)
-            | unreplayed
-            | route_agreement(self.model, routes[0])  # mismatch and this: of the weights that the engine had
-            | {
-                "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
-                MISMATCH: at_sampling[MEAN_ABS_PI_MINUS_MU],
-                "grad_norm": sum(norms) / len(norms),
-                "lr": self.optimizer.lr,
-            }
-        )
+        return step_metrics(self.model, sums, len(minibatches[0]), routes[0], native) | {
+            "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self.optimizer.lr,
+        }
 
     def _routes(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[Routes | None]]:
         """What routers replay in each micro-batch: what the engine recorded, or what they take now, before the weights
@@ -175,7 +170,7 @@ class Trainer:
             return [[None] * len(minibatch) for minibatch in minibatches]
         taken: list[list[Routes | None]] = []
         for minibatch in minibatches:
-            places = self._native_places(minibatch)
+            places = [places_for(self.model.moe_layers) for _ in minibatch]
             stats_pass(self.model, minibatch, places)
             taken.append([as_taken(place) for place in places])
         return taken
@@ -186,28 +181,15 @@ class Trainer:
         minibatch: Sequence[MicroBatch],
         routes: Sequence[Routes | None],
         tokens: Sequence[RolloutTokens],
-    ) -> dict[str, float]:
-        """Of the first gradient step, if routers chose themselves: mean |pi - mu|, and the share of recorded experts
-        that they take; where it is due."""
+    ) -> Native | None:
+        """How the first gradient step would be if routers chose themselves, where it is due. Collectives: a
+        `stats_pass` over its minibatch."""
         every = self.config.routing.measure_every
         if not every or step % every:
-            return {}
-        native = self._native_places(minibatch)
-        total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for stats, rollout in zip(stats_pass(self.model, minibatch, native), tokens, strict=False):
-            if self.model.rank.reports:
-                total[0] += binary_tv(rollout.logprob, stats.logprob).double().sum()
-                total[1] += len(stats.logprob)
-        dist.all_reduce(total)
-        compared = [compared_routes(own, found) for own, found in zip(native, routes, strict=True) if found is not None]
-        return {
-            "mismatch_without_replay": float(total[0] / total[1]) if total[1] else math.nan,
-            **route_agreement(self.model, compared, "route_agreement_without_replay"),
-        }
-
-    def _native_places(self, minibatch: Sequence[MicroBatch]) -> list[Routes]:
-        """Where routers leave what they take."""
-        return [{layer: LayerRoutes() for layer in self.model.moe_layers} for _ in minibatch]
+            return None
+        places = [places_for(self.model.moe_layers) for _ in minibatch]
+        stats = stats_pass(self.model, minibatch, places)
+        return native_sums(self.model, stats, tokens, places, routes)
 
     def _rollout_tokens(
         self, minibatches: Sequence[Sequence[MicroBatch]], routes: Sequence[Sequence[Routes | None]]
@@ -236,7 +218,7 @@ class Trainer:
                 ratio = result.ratio.clamp(max=self.objective.cap)
                 pull, distance = kl_coefficient(penalty, stats.logprob, rollout.reference_logprob, ratio)
                 value = value + pull
-                sums["kl_reference"] = distance.double().sum()
+                sums[KL_REFERENCE] = distance.double().sum()
             return value, c_entropy, sums
 
         return coefficients

@@ -48,7 +48,8 @@ def save_training(
     """Every rank calls this. `source`: the Hugging Face directory that training began with. `queue`: files of batches
     to come, by step; copied.
 
-    Collectives: Megatron's, which gather the optimizer's state on one replica, and two barriers.
+    Collectives: two barriers; those of `state_to_save`; object gathers of Megatron's `dist_checkpointing` over the job,
+    of what each rank writes (names, shapes, places; no numbers).
     """
     beside = path.with_name(path.name + ".tmp")
     if dist.get_rank() == 0:
@@ -74,7 +75,11 @@ def save_training(
 
 
 def load_training(path: Path, model: Model, optimizer: Optimizer) -> None:
-    """Every rank calls this: weights, optimizer and the schedule's place as they were, at this job's layout."""
+    """Every rank calls this: weights, optimizer and the schedule's place as they were, at this job's layout.
+
+    Each reads what it needs, of the optimizer's state all that its replicas share. Collectives: object gathers of
+    Megatron's `dist_checkpointing` over the job, of what each rank reads (names, shapes, places; no numbers).
+    """
     metadata = _metadata(model)
     weights = _sharded_weights(optimizer, metadata)
     state = state_to_load(optimizer, weights, metadata)

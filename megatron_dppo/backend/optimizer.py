@@ -120,8 +120,12 @@ class Optimizer:
         """Clips and applies the gradients; returns their norm before clipping.
 
         `watch`: named scalars of this rank (its losses) that must be finite too. Raises NonFinite, before any weight
-        moved (but for a router's bias), naming what is inf or NaN and on which rank. Collectives: one scalar
-        all-reduce, and Megatron's (the norm; the gather of parameters with the distributed optimizer).
+        moved (but for a router's bias), naming what is inf or NaN and on which rank.
+
+        Collectives: one all-reduce of one f32 over the job, after which the host waits; Megatron's of one f32 for the
+        norm, two where experts have groups of their own; with the distributed optimizer an all-gather of each bucket's
+        parameters, in their dtype, over the replicas that share them. Before NonFinite one object all-gather of names
+        over the job.
         """
         self._refuse_non_finite(watch)
         _, norm, _ = self.megatron.step()

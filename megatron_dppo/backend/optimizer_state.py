@@ -36,7 +36,8 @@ class OptimizerState:
         return {"optimizer": _sharded_only(self.template), "steps": self.steps, "advanced": advanced}
 
     def load(self, loaded: Mapping[str, Any]) -> None:
-        """What `tensors` were loaded with. The schedule's numbers stay this job's, its place is the loaded one."""
+        """What `tensors` were loaded with. The schedule's numbers stay this job's, its place is the loaded one.
+        Collectives: none."""
         self.optimizer.megatron.load_state_dict(_filled(self.template, loaded["optimizer"]))
         for _, count in _counters(self.optimizer):
             count(loaded["steps"])
@@ -47,7 +48,12 @@ class OptimizerState:
 
 def state_to_save(optimizer: Optimizer, weights: dict[str, Any], metadata: dict[str, Any]) -> OptimizerState:
     """The state as it is; `weights`: the model's sharded state. Raises RuntimeError where Megatron has other main
-    weights than the model's."""
+    weights than the model's.
+
+    Collectives: with the distributed optimizer, Megatron's gathers over gloo, of each bucket's main weights and two
+    moments (12 bytes a parameter in all) on the first of the replicas that share them; one all-reduce of one f32 over
+    the job. Both once more where Megatron took wrong weights at first (`_places_without_padding`).
+    """
     steps = _steps(optimizer)  # before a state is prepared that counts one
     template = _megatron_state(optimizer, weights, metadata, loading=False)
     if not _has_weights(optimizer, template):
@@ -62,7 +68,7 @@ def state_to_save(optimizer: Optimizer, weights: dict[str, Any], metadata: dict[
 
 
 def state_to_load(optimizer: Optimizer, weights: dict[str, Any], metadata: dict[str, Any]) -> OptimizerState:
-    """A state to be filled; `weights`: the model's sharded state."""
+    """A state to be filled; `weights`: the model's sharded state. Collectives: none."""
     steps = _steps(optimizer)
     return OptimizerState(optimizer, steps, _megatron_state(optimizer, weights, metadata, loading=True))
 
@@ -84,7 +90,7 @@ def _parts(optimizer: Optimizer) -> list[Any]:
 
 
 def _has_weights(optimizer: Optimizer, state: Any) -> bool:
-    """Whether what is to be saved as the main weights are the model's, on all ranks. One scalar all-reduce."""
+    """Whether what is to be saved as the main weights are the model's, on all ranks. One all-reduce of one f32."""
     states = [state] if len(_parts(optimizer)) == 1 else [state[number] for number in sorted(state)]
     same = True
     for part, found in zip(_parts(optimizer), states, strict=True):

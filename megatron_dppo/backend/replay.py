@@ -47,6 +47,11 @@ def recorded_routes(batch: MicroBatch, moe_layers: Sequence[int], device: torch.
     return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(moe_layers)}
 
 
+def places_for(moe_layers: Sequence[int]) -> Routes:
+    """Where the routers of this rank leave what they take in one micro-batch."""
+    return {layer: LayerRoutes() for layer in moe_layers}
+
+
 def as_taken(routes: Routes) -> Routes:
     """What routers left in places for it, to be replayed."""
     taken = {}

@@ -38,7 +38,15 @@ def loss_pass(
     micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). `coefficient_fn` may
     return c_entropy only with `entropy_gradient`, and sees a micro-batch in one range or several. Returns one dict
     of sums a micro-batch on the ranks of the last stage, nothing elsewhere. `routes`: of each micro-batch, what the
-    routers of this rank replay. Collectives: Megatron's and the head's.
+    routers of this rank replay.
+
+    Collectives, each micro-batch: over every boundary between pipeline chunks one message of hidden states
+    [S / (CP TP), B, H] (TP: under sequence parallelism) and one of their gradient back, each behind its shape; those
+    of Megatron's layers, forward and backward; on the last stage those of `counted_rows` and `policy_loss`. Once, in
+    `finalize_model_grads`: the sum of each gradient bucket, fp32, over the replicas that share it (reduce-scatter with
+    the distributed optimizer, else all-reduce); over TP under sequence parallelism an all-reduce of the gradients of
+    norms and routers; between first and last stage one of a tied embedding's [V / TP, H]; of the experts' loads
+    (f32[layers, E]) where their bias moves; a broadcast over PP and an all-reduce over replicas of the count (i32).
     """
 
     def lose(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Sums]:
@@ -71,7 +79,9 @@ def stats_pass(
 ) -> list[TokenStats]:
     """Statistics of every counted token under the current weights, without gradient: one a micro-batch on the
     ranks of the last stage, nothing elsewhere. `routes` as in `loss_pass`, or places for what routers take themselves.
-    Collectives: Megatron's and the head's."""
+
+    Collectives, each micro-batch: as `loss_pass` forward, with `token_stats` for `policy_loss`; none at the end.
+    """
 
     def measure(_: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         weight = model.head_weight
