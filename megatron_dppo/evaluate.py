@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control
@@ -98,7 +99,7 @@ async def run_client(config: Config) -> None:
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     sets = load_eval_sets(config, tokenizer)
-    engines, facts = await connect_engines(config)
+    engines, facts = await connect_engines(config, load_architecture(config.model.path))
     reward = make_reward(config.reward)
     try:
         measures = measures_of(config, {name: found.prompts for name, found in sets.items()}, "evaluate")

@@ -94,9 +94,10 @@ async def run_client(config: Config) -> None:
     """The client's part: orders, comparisons, a row for each update."""
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     orders = Orders(control, config.training.rollout_timeout_s)
-    engines, _ = await connect_engines(config)
+    arch = load_architecture(config.model.path)
+    engines, _ = await connect_engines(config, arch)
     try:
-        fleet = fleet_of(config, engines, orders, fingerprints=True)
+        fleet = fleet_of(config, arch, engines, orders, fingerprints=True)
         for version in range(1, config.training.steps + 1):
             control.post(_row_key(version), asdict(await _check_update(config, fleet, orders, version)))
         await orders.end({"do": "stop"})

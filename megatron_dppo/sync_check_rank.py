@@ -22,6 +22,7 @@ from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
+from megatron_dppo.head.rows import to_device
 from megatron_dppo.rank import join_job, load_policy, weight_senders
 from megatron_dppo.weights.fingerprint import fingerprints
 from megatron_dppo.weights.hub_files import TensorInfo
@@ -72,9 +73,11 @@ def score(model: Model, path: Path) -> float:
     """The largest difference between recorded log-probs and the model's. One all-reduce."""
     samples, rank = load_batch(path), model.rank
     batches = [rank_micro_batch([sample], layout=rank.parallel, context_rank=rank.at.context) for sample in samples]
+    for batch in batches:
+        batch.check_ids(model.arch.vocab_size)
     worst = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch, stats in zip(batches, stats_pass(model, batches), strict=False):  # nothing but on the last stage
-        mu = torch.from_numpy(batch.mu_logprob).to(model.device)
+        mu = to_device(batch.mu_logprob, model.device)
         if batch.num_tokens:
             worst = torch.maximum(worst, (stats.logprob - mu).abs().max().double())
     dist.all_reduce(worst, dist.ReduceOp.MAX)

@@ -6,7 +6,6 @@ What comes next is the rollout client's to say, by an order (`control.Orders`).
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,38 +13,33 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dppo.algorithm.divergence import binary_tv
-from megatron_dppo.algorithm.objectives import (
-    Objective,
-    RolloutTokens,
-    TokenStats,
-    coefficient,
-    metrics,
-)
+from megatron_dppo.algorithm.objectives import Objective, RolloutTokens, TokenStats, coefficient, token_sums
 from megatron_dppo.algorithm.reference_kl import kl_coefficient
 from megatron_dppo.backend.checkpoint import load_training, save_training
 from megatron_dppo.backend.device import communication_backend
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import NonFinite, Optimizer, adam_package
 from megatron_dppo.backend.parallel import finalise_parallel
-from megatron_dppo.backend.replay import LayerRoutes, Routes
-from megatron_dppo.backend.step import Sums, as_taken, compared_routes, loss_pass, recorded_routes, stats_pass
+from megatron_dppo.backend.replay import Routes, as_taken, places_for, recorded_routes
+from megatron_dppo.backend.step import Sums, loss_pass, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, reference_kl_of
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
+from megatron_dppo.head.rows import to_device
 from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
 from megatron_dppo.rollout.engine import Transport
+from megatron_dppo.step_metrics import KL_REFERENCE, Native, native_sums, step_metrics
 from megatron_dppo.weights.sync import WeightSender, save_checkpoint
 
 
@@ -106,7 +100,10 @@ class Trainer:
             remove_old_checkpoints(config.run.dir, config.checkpoint.keep)
 
     def _load(self, order: Mapping[str, Any]) -> list[list[MicroBatch]]:
-        """This replica's samples as minibatches of micro-batches; this context rank's part of each."""
+        """This replica's samples as minibatches of micro-batches; this context rank's part of each.
+
+        Raises ValueError for ids outside of the model's vocabulary.
+        """
         rank, loss = self.model.rank, self.config.loss
         layers = self.model.moe_layers if self.config.routing.mode == "rollout" else None
         samples = iter(load_batch(Path(order["files"][rank.at.data]), layers or ()))
@@ -121,16 +118,24 @@ class Trainer:
             skip_zero_advantage=loss.skip_zero_advantage,
             routed_layers=layers,
         )
-        return [
+        minibatches = [
             [build([next(samples) for _ in range(size)]) for size in sizes]
             for sizes in order["micro_batch_sizes"][rank.at.data]
         ]
+        for batch in chain.from_iterable(minibatches):
+            batch.check_ids(self.model.arch.vocab_size)
+        return minibatches
 
     def _train_step(self, step: int, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float | str]:
-        """One gradient step a minibatch; returns the step's metrics (on every rank)."""
+        """One gradient step a minibatch; returns the step's metrics (on every rank).
+
+        Collectives: for each minibatch a `loss_pass` and an `Optimizer.step`; before all of them, where the config
+        wants it, a `stats_pass` over each minibatch for its routes, for the old policy and for the reference, and one
+        over the first without replay; at the end those of `step_metrics`.
+        """
         routes = self._routes(minibatches)
         known = self._rollout_tokens(minibatches, routes)
-        unreplayed = self._without_replay(step, minibatches[0], routes[0], known[0])
+        native = self._without_replay(step, minibatches[0], routes[0], known[0])
         self.optimizer.advance()
         sums: list[Sums] = []
         norms = []
@@ -149,33 +154,23 @@ class Trainer:
             except NonFinite as error:
                 raise NonFinite(f"step {step}, minibatch {index}: {error}") from None
             sums += results
-        at_sampling = _means(sums[: len(minibatches[0])], self.model)  # weights as the engine had them
-        means = _means(sums, self.model)
-        for name, measured in (("topk_tv", num_recorded_topk(self.config)), ("kl_reference", self.reference)):
-            if not measured:
-                del means[name]
-        return (
-            means
-            | unreplayed
-            | route_agreement(self.model, routes[0])  # mismatch and this: of the weights that the engine had
-            | {
-                "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
-                "mismatch": at_sampling["mean_abs_pi_minus_mu"],
-                "grad_norm": sum(norms) / len(norms),
-                "lr": self.optimizer.lr,
-            }
-        )
+        return step_metrics(self.model, sums, len(minibatches[0]), routes[0], native) | {
+            "means_of": "tokens with an advantage" if self.config.loss.skip_zero_advantage else "counted tokens",
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self.optimizer.lr,
+        }
 
     def _routes(self, minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[Routes | None]]:
         """What routers replay in each micro-batch: what the engine recorded, or what they take now, before the weights
         move (one pass without gradient)."""
         if self.config.routing.mode == "rollout":
-            return [[recorded_routes(self.model, batch) for batch in minibatch] for minibatch in minibatches]
+            recorded = partial(recorded_routes, moe_layers=self.model.moe_layers, device=self.model.device)
+            return [[recorded(batch) for batch in minibatch] for minibatch in minibatches]
         if self.config.routing.mode == "off":
             return [[None] * len(minibatch) for minibatch in minibatches]
         taken: list[list[Routes | None]] = []
         for minibatch in minibatches:
-            places = self._native_places(minibatch)
+            places = [places_for(self.model.moe_layers) for _ in minibatch]
             stats_pass(self.model, minibatch, places)
             taken.append([as_taken(place) for place in places])
         return taken
@@ -186,28 +181,15 @@ class Trainer:
         minibatch: Sequence[MicroBatch],
         routes: Sequence[Routes | None],
         tokens: Sequence[RolloutTokens],
-    ) -> dict[str, float]:
-        """Of the first gradient step, if routers chose themselves: mean |pi - mu|, and the share of recorded experts
-        that they take; where it is due."""
+    ) -> Native | None:
+        """How the first gradient step would be if routers chose themselves, where it is due. Collectives: a
+        `stats_pass` over its minibatch."""
         every = self.config.routing.measure_every
         if not every or step % every:
-            return {}
-        native = self._native_places(minibatch)
-        total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for stats, rollout in zip(stats_pass(self.model, minibatch, native), tokens, strict=False):
-            if self.model.rank.reports:
-                total[0] += binary_tv(rollout.logprob, stats.logprob).double().sum()
-                total[1] += len(stats.logprob)
-        dist.all_reduce(total)
-        compared = [compared_routes(own, found) for own, found in zip(native, routes, strict=True) if found is not None]
-        return {
-            "mismatch_without_replay": float(total[0] / total[1]) if total[1] else math.nan,
-            **route_agreement(self.model, compared, "route_agreement_without_replay"),
-        }
-
-    def _native_places(self, minibatch: Sequence[MicroBatch]) -> list[Routes]:
-        """Where routers leave what they take."""
-        return [{layer: LayerRoutes() for layer in self.model.moe_layers} for _ in minibatch]
+            return None
+        places = [places_for(self.model.moe_layers) for _ in minibatch]
+        stats = stats_pass(self.model, minibatch, places)
+        return native_sums(self.model, stats, tokens, places, routes)
 
     def _rollout_tokens(
         self, minibatches: Sequence[Sequence[MicroBatch]], routes: Sequence[Sequence[Routes | None]]
@@ -231,24 +213,20 @@ class Trainer:
             rollout = tokens[index][part]
             result = coefficient(self.objective, stats, rollout)
             c_entropy = torch.full_like(stats.entropy, bonus) if bonus else None
-            value, sums = result.value, metrics(stats, rollout, result)
+            value, sums = result.value, token_sums(stats, rollout, result)
             if rollout.reference_logprob is not None:
                 ratio = result.ratio.clamp(max=self.objective.cap)
                 pull, distance = kl_coefficient(penalty, stats.logprob, rollout.reference_logprob, ratio)
                 value = value + pull
-                sums["kl_reference"] = distance.double().sum()
+                sums[KL_REFERENCE] = distance.double().sum()
             return value, c_entropy, sums
 
         return coefficients
 
 
 def _recorded(batch: MicroBatch, device: torch.device) -> RolloutTokens:
-    topk = None if batch.mu_topk_logprob is None else torch.from_numpy(batch.mu_topk_logprob).to(device)
-    return RolloutTokens(
-        advantage=torch.from_numpy(batch.advantage).to(device),
-        logprob=torch.from_numpy(batch.mu_logprob).to(device),
-        topk_logprob=topk,
-    )
+    topk = None if batch.mu_topk_logprob is None else to_device(batch.mu_topk_logprob, device)
+    return RolloutTokens(to_device(batch.advantage, device), to_device(batch.mu_logprob, device), topk)
 
 
 def _as_anchor(tokens: RolloutTokens, old: TokenStats) -> RolloutTokens:
@@ -272,57 +250,6 @@ def _extended(
         found = stats_pass(model, minibatch, None if routes is None else routes[index])
         extended.append([*map(extend, tokens, found)] if model.rank.is_last_stage else tokens)
     return extended
-
-
-def route_agreement(
-    model: Model, micro_batches: Sequence[Routes | None], name: str = "route_agreement"
-) -> dict[str, float]:
-    """Share of the recorded experts that routers take themselves, in all layers and in each, of passes that have been.
-    One all-reduce of two float64 a layer."""
-    replayed = [routes for routes in micro_batches if routes is not None]
-    if not replayed:
-        return {}
-    total = torch.zeros(2, model.arch.num_layers, dtype=torch.float64, device=model.device)
-    for layer, routes in (item for of_layers in replayed for item in of_layers.items()):
-        assert routes.agreed is not None and routes.valid is not None
-        total[0, layer] += routes.agreed
-        total[1, layer] += routes.valid.sum() * model.arch.num_experts_per_tok
-    dist.all_reduce(total)
-    agreed, experts = total.tolist()
-    if not sum(experts):
-        return {}
-    of_layers = {f"{name}/{i}": a / n for i, (a, n) in enumerate(zip(agreed, experts, strict=True)) if n}
-    return {name: sum(agreed) / sum(experts)} | of_layers
-
-
-def _means(sums: Sequence[Sums], model: Model) -> dict[str, float]:
-    """Means over all tokens of all replicas. One all-reduce of a dozen float64; the numbers leave the device here."""
-    names = (
-        "loss", "count", "skipped", "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
-        "kl_reference", "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
-    )  # fmt: skip
-    total = torch.zeros(len(names), dtype=torch.float64, device=model.device)
-    if model.rank.reports:
-        for result in sums:
-            total += torch.stack([result[name].double() if name in result else total.new_zeros(()) for name in names])
-    dist.all_reduce(total)
-    value = dict(zip(names, total.tolist(), strict=True))
-    positive, negative = (max(value[name], 1.0) for name in ("positive", "negative"))
-    tokens = value["tokens"] or math.nan  # where all were skipped, nothing was measured
-    return {
-        "loss": value["loss"] / max(value["count"], 1.0),
-        "tokens": value["tokens"],
-        "tokens_skipped": value["skipped"],
-        "mean_abs_pi_minus_mu": value["abs_pi_minus_mu"] / tokens,
-        "entropy": value["entropy"] / tokens,
-        "divergence": value["divergence"] / tokens,
-        "kl_mu_pi": value["kl_mu_pi"] / tokens,
-        "topk_tv": value["topk_tv"] / tokens,
-        "kl_reference": value["kl_reference"] / tokens,
-        "masked_share_positive": value["masked_positive"] / positive,
-        "masked_share_negative": value["masked_negative"] / negative,
-        "bad_update_share": value["bad_updates"] / negative,
-    }
 
 
 def _write(

@@ -37,10 +37,10 @@ import numpy as np
 import torch
 from bench_trainer import MODEL, PROMPT, one_rank, scored, trainer_of
 
+from megatron_dppo import step_metrics
 from megatron_dppo import trainer as trainer_module
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.backend import replay as replay_module
-from megatron_dppo.backend import step as step_module
 from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.config import Config
 from megatron_dppo.data.addition import build_tokenizer
@@ -154,8 +154,8 @@ def replay_cpu() -> Iterator[Callable[[], float]]:
 
     with (
         mock.patch.object(replay_module.Replay, "get_replay_topk", get_replay_topk),
-        mock.patch.object(trainer_module, "recorded_routes", counted("to the device", step_module.recorded_routes)),
-        mock.patch.object(trainer_module, "route_agreement", counted("agreement", trainer_module.route_agreement)),
+        mock.patch.object(trainer_module, "recorded_routes", counted("to the device", replay_module.recorded_routes)),
+        mock.patch.object(step_metrics, "agreement_sums", counted("agreement", replay_module.agreement_sums)),
     ):
         yield lambda: seconds["routers"] - seconds["own top-k"] + seconds["to the device"] + seconds["agreement"]
 

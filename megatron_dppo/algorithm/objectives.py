@@ -345,9 +345,17 @@ def _ratio(log_pi: Tensor, log_base: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+# What `token_sums` may have; `step_metrics` makes a metric of each.
+TOKEN_SUMS = (
+    "tokens", "abs_pi_minus_mu", "entropy", "divergence", "kl_mu_pi", "topk_tv",
+    "positive", "negative", "masked_positive", "masked_negative", "bad_updates",
+)  # fmt: skip
+
+
 @torch.no_grad()
-def metrics(stats: TokenStats, rollout: RolloutTokens, result: Coefficient) -> dict[str, Tensor]:
-    """Sums over the T tokens (f64 scalars), to be added over micro-batches and ranks before dividing.
+def token_sums(stats: TokenStats, rollout: RolloutTokens, result: Coefficient) -> dict[str, Tensor]:
+    """Sums over the T tokens (f64 scalars), to be added over micro-batches and ranks before dividing: all of
+    `TOKEN_SUMS`, `topk_tv` where Top-K log-probs are there.
 
     Sums per token: `tokens`, `abs_pi_minus_mu` (probabilities, Appendix G.1), `entropy` (nats), `divergence`
     (the mask's), `kl_mu_pi` (r - 1 - log r, the k3 estimate of KL(mu || pi)). Counts: `positive` and
@@ -371,4 +379,5 @@ def metrics(stats: TokenStats, rollout: RolloutTokens, result: Coefficient) -> d
     }
     if stats.topk_logprob is not None and stats.member is not None and rollout.topk_logprob is not None:
         per_token["topk_tv"] = topk_tv(rollout.topk_logprob, stats.topk_logprob, stats.member)
+    assert per_token.keys() <= set(TOKEN_SUMS), "a sum without its name in TOKEN_SUMS"
     return {name: value.double().sum() for name, value in per_token.items()}

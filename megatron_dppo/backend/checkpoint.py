@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
+from megatron_dppo.backend.optimizer_state import state_to_load, state_to_save
 from megatron_dppo.checkpoints import DESCRIPTION, QUEUE, TrainingState, queue_path
 from megatron_dppo.weights.checkpoint import CARRIED, carry_description
 from megatron_dppo.weights.global_tensors import content_metadata, default_scheme
@@ -47,7 +48,8 @@ def save_training(
     """Every rank calls this. `source`: the Hugging Face directory that training began with. `queue`: files of batches
     to come, by step; copied.
 
-    Collectives: Megatron's, which gather the optimizer's state on one replica, and two barriers.
+    Collectives: two barriers; those of `state_to_save`; object gathers of Megatron's `dist_checkpointing` over the job,
+    of what each rank writes (names, shapes, places; no numbers).
     """
     beside = path.with_name(path.name + ".tmp")
     if dist.get_rank() == 0:
@@ -61,7 +63,8 @@ def save_training(
     metadata = _metadata(model)
     _write_in_this_process()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=FILES)
-    tensors = _sharded_state(model, optimizer, metadata, loading=False)
+    weights = _sharded_weights(optimizer, metadata)
+    tensors = weights | state_to_save(optimizer, weights, metadata).tensors
     dist_checkpointing.save(tensors, str(beside), sharded_strategy=strategy, content_metadata=metadata)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -72,12 +75,18 @@ def save_training(
 
 
 def load_training(path: Path, model: Model, optimizer: Optimizer) -> None:
-    """Every rank calls this: weights, optimizer and the schedule's place as they were, at this job's layout."""
-    tensors = _sharded_state(model, optimizer, _metadata(model), loading=True)
-    loaded = dist_checkpointing.load(tensors, str(path))
+    """Every rank calls this: weights, optimizer and the schedule's place as they were, at this job's layout.
+
+    Each reads what it needs, of the optimizer's state all that its replicas share. Collectives: object gathers of
+    Megatron's `dist_checkpointing` over the job, of what each rank reads (names, shapes, places; no numbers).
+    """
+    metadata = _metadata(model)
+    weights = _sharded_weights(optimizer, metadata)
+    state = state_to_load(optimizer, weights, metadata)
+    loaded = dist_checkpointing.load(weights | state.tensors, str(path))
     for v, chunk in enumerate(optimizer.chunks):
         chunk.module.load_state_dict(loaded.get(f"model{v}", {}), strict=True)  # a chunk without layers has none
-    optimizer.load_state(loaded)
+    state.load(loaded)
 
 
 def _write_in_this_process() -> None:
@@ -116,8 +125,5 @@ def _metadata(model: Model) -> dict[str, Any]:
     return content_metadata(default_scheme(model.arch)) | RESHARDABLE
 
 
-def _sharded_state(model: Model, optimizer: Optimizer, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    weights = {
-        f"model{v}": chunk.module.sharded_state_dict(metadata=metadata) for v, chunk in enumerate(optimizer.chunks)
-    }
-    return {**weights, **optimizer.sharded_state(weights, metadata, loading=loading)}
+def _sharded_weights(optimizer: Optimizer, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {f"model{v}": chunk.module.sharded_state_dict(metadata=metadata) for v, chunk in enumerate(optimizer.chunks)}

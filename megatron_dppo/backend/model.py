@@ -358,7 +358,8 @@ def load_model(
     Transformer Engine's or ours; "auto": the former where it is installed. `replay`: routers can take recorded routes.
 
     What this package does not compute (multi-token prediction) is left out; rank 0 says so. Raises ValueError and
-    FileNotFoundError naming what is wrong with the files.
+    FileNotFoundError naming what is wrong with the files. Collectives: none, but where a tied head is on another stage
+    than the embedding one all-reduce of [V / TP, H] between the two, of numbers that are then overwritten.
     """
     arch, files = load_architecture(path), HubFiles(path)
     if (skipped := check_tensors(files, arch)) and rank.rank == 0:

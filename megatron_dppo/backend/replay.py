@@ -17,6 +17,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_dppo.architecture import Architecture
+from megatron_dppo.data.packing import MicroBatch
+from megatron_dppo.head.rows import to_device
+
 
 @dataclass
 class LayerRoutes:
@@ -34,6 +38,48 @@ class LayerRoutes:
 
 
 Routes = Mapping[int, LayerRoutes]  # by the layer's number in the model, from 0
+
+
+def recorded_routes(batch: MicroBatch, moe_layers: Sequence[int], device: torch.device) -> Routes:
+    """What a packed micro-batch's samples were recorded with, for the tokens and the MoE layers of this rank."""
+    assert batch.routes is not None and batch.routes_valid is not None
+    valid, experts = to_device(batch.routes_valid, device), to_device(batch.routes, device)
+    return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(moe_layers)}
+
+
+def places_for(moe_layers: Sequence[int]) -> Routes:
+    """Where the routers of this rank leave what they take in one micro-batch."""
+    return {layer: LayerRoutes() for layer in moe_layers}
+
+
+def as_taken(routes: Routes) -> Routes:
+    """What routers left in places for it, to be replayed."""
+    taken = {}
+    for layer, found in routes.items():
+        assert found.native is not None
+        taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
+    return taken
+
+
+def compared_routes(native: Routes, recorded: Routes) -> Routes:
+    """How far what routers left in places for it agrees with what was recorded."""
+    compared = {}
+    for layer, found in recorded.items():
+        own = native[layer].native
+        assert own is not None and found.experts is not None and found.valid is not None
+        compared[layer] = LayerRoutes(valid=found.valid, agreed=num_agreed(found.experts.long(), own, found.valid))
+    return compared
+
+
+def agreement_sums(micro_batches: Sequence[Routes], arch: Architecture, device: torch.device) -> Tensor:
+    """f64[2, layers of the model] of passes that have been on this rank: how many of the recorded experts the routers
+    would have taken themselves, and how many are recorded."""
+    total = torch.zeros(2, arch.num_layers, dtype=torch.float64, device=device)
+    for layer, routes in (item for of_layers in micro_batches for item in of_layers.items()):
+        assert routes.agreed is not None and routes.valid is not None
+        total[0, layer] += routes.agreed
+        total[1, layer] += routes.valid.sum() * arch.num_experts_per_tok
+    return total
 
 
 @dataclass

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from megatron_dppo.algorithm.objectives import TokenStats
 from megatron_dppo.backend.layers import PackedSequences
 from megatron_dppo.backend.model import Model, unwrapped
-from megatron_dppo.backend.replay import LayerRoutes, Routes, num_agreed
+from megatron_dppo.backend.replay import Routes
 from megatron_dppo.data.packing import MicroBatch
 from megatron_dppo.head.policy_head import policy_loss, token_stats
 from megatron_dppo.head.rows import counted_rows, to_device
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and replicas
+LOSS_SUMS = ("loss", "count", "skipped")  # those of `loss_pass` itself
 # (index of the micro-batch, statistics of a range of its tokens, the range)
 # -> (c_logprob, c_entropy or None, sums over the range for the metrics)
 MicroCoefficientFn = Callable[[int, TokenStats, slice], tuple[Tensor, Tensor | None, Sums]]
@@ -37,7 +38,15 @@ def loss_pass(
     micro-batches of all replicas is divided by the sum of their counts (`finalize_model_grads`). `coefficient_fn` may
     return c_entropy only with `entropy_gradient`, and sees a micro-batch in one range or several. Returns one dict
     of sums a micro-batch on the ranks of the last stage, nothing elsewhere. `routes`: of each micro-batch, what the
-    routers of this rank replay. Collectives: Megatron's and the head's.
+    routers of this rank replay.
+
+    Collectives, each micro-batch: over every boundary between pipeline chunks one message of hidden states
+    [S / (CP TP), B, H] (TP: under sequence parallelism) and one of their gradient back, each behind its shape; those
+    of Megatron's layers, forward and backward; on the last stage those of `counted_rows` and `policy_loss`. Once, in
+    `finalize_model_grads`: the sum of each gradient bucket, fp32, over the replicas that share it (reduce-scatter with
+    the distributed optimizer, else all-reduce); over TP under sequence parallelism an all-reduce of the gradients of
+    norms and routers; between first and last stage one of a tied embedding's [V / TP, H]; of the experts' loads
+    (f32[layers, E]) where their bias moves; a broadcast over PP and an all-reduce over replicas of the count (i32).
     """
 
     def lose(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Sums]:
@@ -70,7 +79,9 @@ def stats_pass(
 ) -> list[TokenStats]:
     """Statistics of every counted token under the current weights, without gradient: one a micro-batch on the
     ranks of the last stage, nothing elsewhere. `routes` as in `loss_pass`, or places for what routers take themselves.
-    Collectives: Megatron's and the head's."""
+
+    Collectives, each micro-batch: as `loss_pass` forward, with `token_stats` for `policy_loss`; none at the end.
+    """
 
     def measure(_: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         weight = model.head_weight
@@ -84,32 +95,6 @@ def stats_pass(
 
     with torch.no_grad():  # Megatron's forward_only alone would keep every activation
         return _run(model, micro_batches, measure, routes, forward_only=True)
-
-
-def recorded_routes(model: Model, batch: MicroBatch) -> Routes:
-    """What a packed micro-batch's samples were recorded with, for the tokens and the MoE layers of this rank."""
-    assert batch.routes is not None and batch.routes_valid is not None
-    valid, experts = to_device(batch.routes_valid, model.device), to_device(batch.routes, model.device)
-    return {layer: LayerRoutes(experts[:, i], valid) for i, layer in enumerate(model.moe_layers)}
-
-
-def as_taken(routes: Routes) -> Routes:
-    """What routers left in places for it, to be replayed."""
-    taken = {}
-    for layer, found in routes.items():
-        assert found.native is not None
-        taken[layer] = LayerRoutes(found.native, torch.ones_like(found.native[:, 0], dtype=torch.bool))
-    return taken
-
-
-def compared_routes(native: Routes, recorded: Routes) -> Routes:
-    """How far what routers left in places for it agrees with what was recorded."""
-    compared = {}
-    for layer, found in recorded.items():
-        own = native[layer].native
-        assert own is not None and found.experts is not None and found.valid is not None
-        compared[layer] = LayerRoutes(valid=found.valid, agreed=num_agreed(found.experts.long(), own, found.valid))
-    return compared
 
 
 def _run(
@@ -161,13 +146,6 @@ def _counted_rows(hidden_BSH: Tensor, batch: MicroBatch, model: Model) -> Tensor
 
 
 def _ids(batch: MicroBatch, model: Model) -> tuple[Tensor, Tensor | None]:
-    """Targets and Top-K ids on the device; checked here, on the host, since the head would have to wait for a GPU.
-
-    Raises ValueError for an id outside of the vocabulary (-1: an absent Top-K entry).
-    """
-    for name, ids, least in (("target", batch.target, 0), ("topk_ids", batch.topk_ids, -1)):
-        if ids is not None and ids.size and not least <= ids.min() <= ids.max() < model.arch.vocab_size:
-            got, last = f"{ids.min()}..{ids.max()}", model.arch.vocab_size - 1
-            raise ValueError(f"{name}: got ids {got}, expected {least}..{last}; is the engine's model this one?")
+    """Targets and Top-K ids on the device."""
     topk = None if batch.topk_ids is None else to_device(batch.topk_ids, model.device)
     return to_device(batch.target, model.device), topk

@@ -61,6 +61,14 @@ class MicroBatch:
         """Counted tokens that are computed."""
         return len(self.target)
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises ValueError for a target or a Top-K id (-1: absent) outside of the vocabulary. On the host, before
+        the step: the head, which has them on a GPU, could only stop there, without their names."""
+        for name, ids, least in (("target", self.target, 0), ("topk_ids", self.topk_ids, -1)):
+            if ids is not None and ids.size and not least <= ids.min() <= ids.max() < vocab_size:
+                got, last = f"{ids.min()}..{ids.max()}", vocab_size - 1
+                raise ValueError(f"{name}: got ids {got}, expected {least}..{last}; is the engine's model this one?")
+
 
 @dataclass(frozen=True)
 class LossWeights:

@@ -1,9 +1,10 @@
 """One sample of a rollout, and how a batch of them travels between processes.
 
-A `Trajectory` is made where an engine's answer enters (`rollout/vllm/client.py`), validates itself there once, and
-is immutable after that. `Scored` adds what the reward and the advantage estimator say. A batch goes from the
-rollout client to the trainer ranks as one safetensors file in shared memory: ragged arrays are concatenated
-and their lengths kept, so nothing is pickled and nothing is parsed.
+A `Trajectory` is made where an engine's answer enters (`rollout/vllm/answer.py`, `rollout/sglang/answer.py`), validates
+itself there once, and is immutable and trusted after that. `Scored` adds what the reward and the advantage estimator
+say. A batch goes from the rollout client to the trainer ranks as one safetensors file in shared memory: ragged arrays
+are concatenated and their lengths kept, so nothing is pickled and nothing is parsed. Who reads one checks its format,
+and the dtypes and lengths of its columns, but not each value again.
 
 Symbols: P prompt tokens, R response tokens, K recorded top log-probs, L MoE layers, k experts a token is
 routed to.
@@ -12,10 +13,10 @@ routed to.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,19 @@ class Trajectory:
         _check_tokens(self)
         _check_topk(self)
         _check_routes(self)
+
+    @classmethod
+    def trusted(cls, **values: Any) -> Self:
+        """One whose values have been a validated trajectory's: none is looked at. Arrays become read-only."""
+        trajectory = object.__new__(cls)
+        for name, value in ({field.name: field.default for field in fields(cls)} | values).items():
+            assert value is not MISSING, name
+            object.__setattr__(trajectory, name, _read_only(name, value) if isinstance(value, np.ndarray) else value)
+        return trajectory
+
+    def ended(self, finish_reason: str) -> Self:
+        """The same with another trajectory's finish reason."""
+        return self.trusted(**vars(self) | {"finish_reason": finish_reason})
 
     @property
     def prompt_length(self) -> int:
@@ -220,10 +234,17 @@ def to_columns(batch: Sequence[Scored]) -> dict[str, Array]:
 
 
 def from_columns(columns: Mapping[str, Array]) -> list[Scored]:
-    """The batch that `to_columns` made; arrays are views of the columns. ValueError on another format."""
+    """The batch that `to_columns` made; arrays are views of the columns.
+
+    Raises ValueError on another format, or a column of another dtype or length than the format's; the values are
+    trusted, as those of trajectories that were written.
+    """
     found = columns["format_version"].tolist() if "format_version" in columns else None
     if found != [FORMAT_VERSION]:
         raise ValueError(f"batch columns: got format {found}, expected [{FORMAT_VERSION}]; write it with this version")
+    for name, dtype in (TOKEN_DTYPES | {"prompt_ids": "i4"}).items():
+        if columns[name].dtype != np.dtype(dtype):
+            raise ValueError(f"batch columns: {name}: got {columns[name].dtype}, expected {np.dtype(dtype)}")
     P, R, K = (columns[name].tolist() for name in ("prompt_length", "response_length", "topk"))
     shapes = {
         name: [(r, k) if name.startswith("topk") else (r,) for r, k in zip(R, K, strict=True)] for name in PER_TOKEN
@@ -237,7 +258,7 @@ def from_columns(columns: Mapping[str, Array]) -> list[Scored]:
     batch = []
     for i, num_rewards in enumerate(columns["num_rewards"].tolist()):
         fields_i: dict[str, Any] = {name: values[i] for name, values in (strings | tokens).items()}
-        trajectory = Trajectory(
+        trajectory = Trajectory.trusted(
             temperature=float(columns["temperature"][i]), prompt_ids=prompts[i], **fields_i, **routes[i]
         )
         batch.append(Scored(trajectory, dict(next(rewards) for _ in range(num_rewards)), advantages[i]))
@@ -268,6 +289,8 @@ def _concat(arrays: Sequence[Array], dtype: str) -> Array:
 
 def _split(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes], dtype=np.int64).tolist()
+    if len(flat) != (expected := ends[-1] if ends else 0):
+        raise ValueError(f"batch columns: got a column of {len(flat)} values, expected {expected}")
     return [flat[start:end].reshape(shape) for start, end, shape in zip([0, *ends], ends, shapes, strict=False)]
 
 

@@ -23,6 +23,8 @@ def join_turns(turns: Sequence[Trajectory]) -> Trajectory:
     """
     if not turns:
         raise ValueError("turns: got none, expected at least one")
+    if len(turns) == 1:
+        return turns[0]
     for number in range(1, len(turns)):
         _check_goes_on(number, turns[number - 1], turns[number])
     first, last = turns[0], turns[-1]

@@ -70,7 +70,7 @@ def token_stats(
     Collectives over `shard.group`, for each chunk of tokens: one all-gather of 4 fp32 a token and, with Top-K ids,
     one sum all-reduce of K fp32 a token.
     Raises ValueError for shapes that do not fit, ids outside the vocabulary and temperatures <= 0; for ids on a GPU
-    that is an assertion on the device, since looking at them would wait for it (`backend/step.py` checks them before).
+    that is an assertion on the device, since looking at them would wait for it (on the host: `MicroBatch.check_ids`).
     """
     call = _Call(targets_T, topk_ids_TK, shard, temperature)
     _check(hidden_TH, weight_VH, call)

@@ -188,10 +188,9 @@ def _order(plan: Plan, replica: int) -> list[int]:
     return [index for minibatch in plan for micro_batch in minibatch[replica] for index in micro_batch]
 
 
-def check_engine(url: str, found: Capabilities, config: Config) -> None:
+def check_engine(url: str, found: Capabilities, config: Config, arch: Architecture) -> None:
     """Raises ValueError naming everything in which a running engine is not what the config asks for."""
-    rollout, arch = config.rollout, load_architecture(config.model.path)
-    faults = []
+    rollout, faults = config.rollout, []
     if found.vocab_size != arch.vocab_size:
         faults.append(f"a vocabulary of {found.vocab_size}, expected the model's {arch.vocab_size}")
     if found.dtype != rollout.dtype:
@@ -209,16 +208,16 @@ def check_engine(url: str, found: Capabilities, config: Config) -> None:
         raise ValueError(f"engine {url}: got {'; '.join(faults)}")
 
 
-async def connect_engines(config: Config) -> tuple[list[HttpEngine], list[Capabilities]]:
+async def connect_engines(config: Config, arch: Architecture) -> tuple[list[HttpEngine], list[Capabilities]]:
     """Clients of the engines that the environment names, and what those say; raises ValueError for one unfit."""
     rollout, urls = config.rollout, os.environ[ENGINE_URLS_VARIABLE].split(",")
-    arch, concurrency = load_architecture(config.model.path), max(1, rollout.max_concurrency // len(urls))
+    concurrency = max(1, rollout.max_concurrency // len(urls))
     engines = [client_of(config, url, arch, concurrency=concurrency) for url in urls]
     try:
         found = [await engine.capabilities() for engine in engines]
         for url, capabilities in zip(urls, found, strict=True):
             print(f"{url}: {capabilities}", flush=True)
-            check_engine(url, capabilities, config)
+            check_engine(url, capabilities, config, arch)
     except BaseException:
         for engine in engines:
             await engine.close()
@@ -226,7 +225,14 @@ async def connect_engines(config: Config) -> tuple[list[HttpEngine], list[Capabi
     return engines, found
 
 
-def fleet_of(config: Config, engines: Sequence[RolloutEngine], orders: Orders, *, fingerprints: bool = False) -> Fleet:
+def fleet_of(
+    config: Config,
+    arch: Architecture,
+    engines: Sequence[RolloutEngine],
+    orders: Orders,
+    *,
+    fingerprints: bool = False,
+) -> Fleet:
     """The engines as the config wants them kept up to date."""
     assert config.sync.transport != "auto", "the launcher decides"
     return Fleet(
@@ -235,7 +241,7 @@ def fleet_of(config: Config, engines: Sequence[RolloutEngine], orders: Orders, *
         transport=config.sync.transport,
         attempts=config.sync.attempts,
         patience_s=config.rollout.start_timeout_s,
-        check=functools.partial(check_engine, config=config),
+        check=functools.partial(check_engine, config=config, arch=arch),
         fingerprints=fingerprints,
     )
 
@@ -245,11 +251,11 @@ async def main(config: Config) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    data = config.data
+    data, arch = config.data, load_architecture(config.model.path)
 
     control = Control.connect(os.environ[CONTROL_VARIABLE])
     orders = Orders(control, config.training.rollout_timeout_s)
-    engines, found = await connect_engines(config)
+    engines, found = await connect_engines(config, arch)
     reward = make_reward(config.reward)
     try:
         train = load_prompts(
@@ -258,9 +264,8 @@ async def main(config: Config) -> None:
         )  # fmt: skip
         held_out = load_eval_sets(config, tokenizer)
         taken = {f"training, {data.train}": train.describe(), **describe_eval_sets(config, held_out)}
-        arch = load_architecture(config.model.path)
         control.post(READY_KEY, {"engines": [asdict(capabilities) for capabilities in found], "prompts": taken})
-        fleet = fleet_of(config, engines, orders)
+        fleet = fleet_of(config, arch, engines, orders)
         sampler = Sampler(config, fleet, tokenizer, train.prompts, reward, arch)
         ahead = Ahead(sampler)
         if config.resume != "never":

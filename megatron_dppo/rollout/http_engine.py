@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 from uuid import uuid4
 
 from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.rollout.answers import room_for_response
 from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineError,
@@ -222,7 +223,7 @@ class HttpEngine(abc.ABC):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, group_id: str = ""
     ) -> Trajectory:
-        self._request(await self.capabilities(), prompt_ids, sampling, request_id)  # refused before it waits
+        room_for_response(await self.capabilities(), prompt_ids, sampling, request_id)  # refused before it waits
         await self._open.wait()
         async with self._flight(), self._slots:
             return await self._respond(prompt_ids, sampling, request_id, group_id)

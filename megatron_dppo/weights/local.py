@@ -48,6 +48,7 @@ def write_pieces(
 
     Only pieces of replica 0 are written: over all ranks, each element is written once. Bytes are written, not mapped
     pages: ranks on several machines share pages of a file, and one would write its old copy of the other's part.
+    Collectives: none; whoever reads what others wrote needs a barrier before.
     """
     descriptors = {file: os.open(file, os.O_WRONLY) for file in {stored.file for stored in tensors.values()}}
     try:

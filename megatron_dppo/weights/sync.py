@@ -131,7 +131,11 @@ class GroupSender:
         self._sender = None
 
     def _meet(self, order: Mapping[str, Any]) -> Sender:
-        """Plans, tells the workers their shares and the client that they may come, and waits for them."""
+        """Plans, tells the workers their shares and the client that they may come, and waits for them.
+
+        Collectives: one object all-gather over the job, of a digest (under 100 bytes); then the opening of a channel to
+        each instance, for which all ranks and its workers wait. Rank 0 puts the workers' shares into the store.
+        """
         held, ranks = self._held, self._held.ranks
         workers = self._control.wait(engine_layout_key(order["layout"]), self._timeout_s)["workers"]
         plan = sync_plan(

@@ -262,7 +262,11 @@ class Sender:
 
     @torch.no_grad()
     def send(self, parameters: Mapping[str, Tensor]) -> None:
-        """Sends this rank's part of every bucket, each to the first instance on its way."""
+        """Sends this rank's part of every bucket, each to the first instance on its way.
+
+        No collectives: one message to each worker that a bucket has something for, of the bytes in the plan, padded to
+        8, and a checksum of 8. Raises TransferError for one that is not taken in time.
+        """
         in_flight: list[list[tuple[Channel, Any, int]]] = []
         for number, wave in enumerate(self._waves):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
@@ -306,7 +310,11 @@ class Receiver:
 
     @torch.no_grad()
     def receive(self, place: Place) -> None:
-        """Calls `place` with every part of every bucket. Raises TransferError naming what is damaged or late."""
+        """Calls `place` with every part of every bucket. Raises TransferError naming what is damaged or late.
+
+        No collectives: of each bucket either one message from every rank that has something for this worker, or one of
+        them all from the instance before; and one, of the same bytes, to the instance behind, unless it is the last.
+        """
         started = [self._start(bucket) for bucket in range(min(BUCKETS_IN_FLIGHT, len(self._buckets)))]
         for bucket, sent in enumerate(self._buckets):
             channel, works = started[bucket]

@@ -23,7 +23,7 @@ from megatron_dppo.algorithm.objectives import (
     TokenStats,
     coefficient,
     make_objective,
-    metrics,
+    token_sums,
 )
 
 INF = math.inf
@@ -474,12 +474,12 @@ def test_a_slice_of_tokens_has_the_coefficients_of_the_whole() -> None:
         assert torch.equal(getattr(part, field), getattr(whole[10:25], field))
 
 
-def test_metrics_by_hand() -> None:
+def test_token_sums_by_hand() -> None:
     mu, pi = log(0.4, 0.8, 0.5, 0.9, 0.5), log(0.6, 0.2, 0.5, 0.8, 0.6)
     advantage = torch.tensor([1.0, -1.0, 1.0, -2.0, 0.0])
     rollout = RolloutTokens(advantage, mu)
     stats = TokenStats(pi, entropy=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
-    sums = metrics(stats, rollout, coefficient(make_objective("dppo_binary_tv"), stats, rollout))
+    sums = token_sums(stats, rollout, coefficient(make_objective("dppo_binary_tv"), stats, rollout))
     ratios = [1.5, 0.25, 1.0, 8 / 9, 1.2]
     expected = {
         "tokens": 5,
@@ -498,8 +498,8 @@ def test_metrics_by_hand() -> None:
         assert sums[name].item() == pytest.approx(value, rel=1e-6), name
 
 
-def test_metrics_of_no_tokens_are_zero() -> None:
+def test_token_sums_of_no_tokens_are_zero() -> None:
     rollout = RolloutTokens(torch.empty(0), torch.empty(0))
     stats = stats_of(torch.empty(0))
-    sums = metrics(stats, rollout, coefficient(make_objective("dppo_binary_kl"), stats, rollout))
+    sums = token_sums(stats, rollout, coefficient(make_objective("dppo_binary_kl"), stats, rollout))
     assert {value.item() for value in sums.values()} == {0.0}

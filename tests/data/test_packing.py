@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -222,3 +223,21 @@ def test_impossible_plans_are_refused() -> None:
         plan_step(np.array([9]), np.array([0]), minibatches=1, replicas=1, micro_batch_tokens=8, seed=0)
     with pytest.raises(ValueError, match="minibatches: got 2, expected at most the 1 groups"):
         plan_step(np.array([4, 4]), np.array([0, 0]), minibatches=2, replicas=1, micro_batch_tokens=8, seed=0)
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_with_the_likely_cause() -> None:
+    batch = build_micro_batch([sample([70], [7, 9], [True, True], 1.0, topk=3)], num_topk=2)
+    batch.check_ids(10)
+    absent = replace(batch, topk_ids=np.array([[0, -1], [-1, 1]]))
+    absent.check_ids(10)
+    for broken, message in (
+        (batch, "target: got ids 7..9, expected 0..8; is the engine's model this one?"),
+        (replace(batch, target=np.array([-1, 3])), "target: got ids -1..3, expected 0..8"),
+        (
+            replace(absent, target=batch.target - 1, topk_ids=np.array([[0, -2]])),
+            "topk_ids: got ids -2..0, expected -1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            broken.check_ids(9)
+    build_micro_batch([], num_topk=2).check_ids(1)

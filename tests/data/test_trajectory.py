@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from megatron_dppo.data.trajectory import (
+    PER_TOKEN,
     Scored,
     Trajectory,
     from_columns,
@@ -166,6 +169,41 @@ def test_another_format_is_refused() -> None:
     columns["format_version"] = np.array([99], np.int32)
     with pytest.raises(ValueError, match=r"format \[99\], expected \[2\]"):
         from_columns(columns)
+
+
+def test_what_was_written_is_not_validated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_batch(tmp_path / "batch", BATCHES["several K, with and without routes"])
+
+    def validate(_: Trajectory) -> None:
+        raise AssertionError("validated")
+
+    monkeypatch.setattr(Trajectory, "__post_init__", validate)
+    back = load_batch(tmp_path / "batch", ())
+    assert [s.trajectory.response_length for s in back] == [5, 1, 3, 0, 64]
+    assert not back[1].trajectory.topk_ids.flags.writeable and not back[1].trajectory.routes_valid.flags.writeable
+    ended = back[0].trajectory.ended("length")
+    assert ended.finish_reason == "length" and ended.response_ids is not None
+    with pytest.raises(AssertionError, match="validated"):
+        make()
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "batch"
+    save_batch(path, BATCHES["several K, with and without routes"])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SafetensorError):
+        load_batch(path)
+    save_file({"weight": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ValueError, match=r"format None, expected \[2\]"):
+        load_batch(path)
+    columns = to_columns(BATCHES["one"])
+    for name in ("prompt_ids", *PER_TOKEN, "sample_id.bytes", "reward_name.bytes"):
+        with pytest.raises(ValueError, match="batch columns: got a column of"):
+            from_columns(columns | {name: columns[name][:-1]})
+        with pytest.raises(ValueError, match="batch columns: got a column of"):
+            from_columns(columns | {name: np.concatenate([columns[name], columns[name][:1]])})
+    with pytest.raises(ValueError, match="batch columns: topk_ids: got int64, expected int32"):
+        from_columns(columns | {"topk_ids": columns["topk_ids"].astype(np.int64)})
 
 
 def test_num_tokens_and_lengths() -> None:

@@ -148,7 +148,7 @@ class SglangEngine(HttpEngine):
             bare = facts.routed_experts and part.routes is None  # cut while it waited for memory
             if part.finish_reason != "abort" or self._ending:
                 whole = parts if parts and bare else [*parts, part]
-                return replace(join_turns(whole), finish_reason=part.finish_reason)
+                return join_turns(whole).ended(part.finish_reason)
             # Held, or aborted by somebody else (an abort is of all requests): what was cut short is no answer.
             cuts += 1
             if part.response_length < 2 or bare:
