@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_dppo.config import ClusterConfig, ParallelConfig, RolloutConfig
 
+SHARED_GPU_MEMORY = 0.4  # of a GPU that an engine shares with a rank
+
 
 def gpus_per_machine(cluster: ClusterConfig) -> int | None:
     """What a job may count on; None on the CPU, or where only the job's machines know (`device: auto`)."""

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dppo.config import Config
-from megatron_dppo.config_cluster_rules import gpus_per_machine
+from megatron_dppo.config_cluster_rules import SHARED_GPU_MEMORY, gpus_per_machine
 from megatron_dppo.config_rollout_rules import is_local
 from megatron_dppo.control import Control
 from megatron_dppo.processes import Child, free_port, start
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
 HOST = "127.0.0.1"
-SHARED_GPU_MEMORY = 0.4  # of a GPU that the engine shares with a rank
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ROOMS = {
     "data": "rollout.trajectory weights.layout config",
     "backend": "head weights data.packing algorithm architecture checkpoints",
     "rollout": "data weights routing algorithm.advantages architecture checkpoints config config_loading control files",
-    "rollout.node_engine": "rollout.engines machines processes control config config_loading",
+    "rollout.node_engine": "rollout.engines machines processes control config config_cluster_rules config_loading",
     "rollout.engines": "rollout architecture config processes",
     "config": "algorithm rollout.engine weights.layout",
     "config_cluster_rules": "config",

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, longest_sequence
+from megatron_dppo.config_cluster_rules import SHARED_GPU_MEMORY
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import ITEMSIZE
 from megatron_dppo.planner.workload import shares_devices, transport_of
@@ -16,7 +17,6 @@ from megatron_dppo.weights.mapping import float32_tensors
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT
 
 ENGINE_SHARE = 0.9  # of a device that the engine has alone: vLLM's default
-SHARED_SHARE = 0.4  # of one that it shares with a rank: launch.SHARED_GPU_MEMORY
 FORWARD_BYTES = 2 * GIB  # activations and graphs of a worker's largest batch
 
 
@@ -52,7 +52,7 @@ def engine_memory(config: Config, arch: Architecture, device: Device) -> EngineM
     staging = BUCKETS_IN_FLIGHT * config.sync.bucket_bytes if transport_of(config) in ("group", "ipc") else 0
     forward = FORWARD_BYTES if device.is_gpu else 0
     kv = kv_bytes_per_token(arch, rollout.tensor, itemsize)
-    budget = round(device.memory_bytes * (SHARED_SHARE if shared else ENGINE_SHARE))
+    budget = round(device.memory_bytes * (SHARED_GPU_MEMORY if shared else ENGINE_SHARE))
     # On a CPU the cache has its own setting, beside the weights.
     cache = budget - weights - staging - forward if device.is_gpu else rollout.kv_cache_gib * GIB
     sequences = max(cache, 0) // (kv * longest_sequence(config))

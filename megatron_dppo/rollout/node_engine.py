@@ -12,9 +12,10 @@ import sys
 from typing import NoReturn
 
 from megatron_dppo.config import Config
+from megatron_dppo.config_cluster_rules import SHARED_GPU_MEMORY
 from megatron_dppo.config_loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, engine_url_key
-from megatron_dppo.machines import SHARED_GPU_MEMORY, visible_gpus
+from megatron_dppo.machines import visible_gpus
 from megatron_dppo.processes import GRACE_S, become_guarded, free_port
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
