@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, longest_sequence
-from megatron_dppo.config_cluster_rules import SHARED_GPU_MEMORY
+from megatron_dppo.config.cluster_rules import SHARED_GPU_MEMORY
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import ITEMSIZE
 from megatron_dppo.planner.workload import shares_devices, transport_of
