@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from megatron_dppo.architecture_rules import LATENT_MODEL_TYPES, rope_parameters, rope_type, unsupported_features
 
+LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
+
 
 @dataclass(frozen=True)
 class Llama3Rope:

@@ -104,7 +104,7 @@ def cut_config(config: Config, directory: Path, parallel: ParallelConfig) -> Con
     return config.model_copy(update={**sections, "parallel": parallel, "cluster": cluster})
 
 
-def write_cut(config: Config, directory: Path, seed: int = 0) -> Path:
+def write_cut(config: Config, directory: Path) -> Path:
     """Writes recipe.yaml, model/ (random weights and a tokenizer of bytes) and prompts; returns the recipe's path.
 
     Raises ValueError and OSError where the recipe's config.json cannot be read.
@@ -112,7 +112,7 @@ def write_cut(config: Config, directory: Path, seed: int = 0) -> Path:
     arch, parallel = load_architecture(config.model.path), cut_parallel(config.parallel)
     hf = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
     directory = directory.absolute()
-    write_model(directory / "model", cut_model(hf, arch, parallel), seed)
+    write_model(directory / "model", cut_model(hf, arch, parallel))
     small = cut_config(config, directory, parallel)
     data = small.data
     _write_problems(data.train, data.prompt_key, data.answer_key, messages=data.answer_key.startswith("reward_model."))
@@ -122,13 +122,13 @@ def write_cut(config: Config, directory: Path, seed: int = 0) -> Path:
     return directory / "recipe.yaml"
 
 
-def write_model(path: Path, hf: dict[str, Any], seed: int) -> None:
+def write_model(path: Path, hf: dict[str, Any]) -> None:
     """A random model of a config.json, and a tokenizer whose tokens are bytes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = {"kimi_k2": "deepseek_v3"}.get(hf["model_type"], hf["model_type"])  # transformers has no kimi_k2
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf | {"model_type": kind}))
     model.to(torch.bfloat16).save_pretrained(path)
     file = path / "config.json"

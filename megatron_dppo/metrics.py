@@ -64,7 +64,7 @@ class MetricsWriter:
     `start`: the first step that comes, where a run goes on. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, directory: Path | str, *, tensorboard: bool = True, start: int = 0):
+    def __init__(self, directory: Path | str, *, tensorboard: bool, start: int = 0):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS

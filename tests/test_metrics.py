@@ -56,7 +56,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.write(1, {"reward": 0.25, "entropy": math.nan})
         writer.write(2, {"reward": 0.75})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

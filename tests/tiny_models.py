@@ -147,10 +147,10 @@ def randomize(model: PreTrainedModel, seed: int, logit_scale: float = 2.5) -> No
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
-def tiny_model(config: PreTrainedConfig, seed: int = 0, logit_scale: float = 2.5) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random fp32 transformers model of `config` in eval mode; the same seed gives the same weights."""
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    randomize(model, seed, logit_scale)
+    randomize(model, seed)
     return model
 
 

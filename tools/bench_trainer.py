@@ -364,7 +364,7 @@ async def _overlap(config: Config, engine: WaitingEngine, run: Path) -> None:
         children.extend(start_ranks(argv, 1, env=env, logs=run / "logs"))
         orders = Orders(control, 300.0)
         fleet = Fleet([engine], orders, transport="shm")  # type: ignore[list-item]
-        prompts = [Prompt(1, "1+1", "2", np.array([1, 2, 3], np.int32))]
+        prompts = [Prompt("1+1", "2", np.array([1, 2, 3], np.int32))]
         tokenizer = mock.Mock()
         tokenizer.batch_decode = lambda ids, **_: [""] * len(ids)
         rewards = itertools.cycle([1.0, 0.0])

@@ -27,8 +27,8 @@ class ReferenceKl:
     """`coefficient` is beta; `importance`: of the expectation under pi, not of the term alone."""
 
     coefficient: float
-    estimator: Estimator = "k3"
-    importance: bool = True
+    estimator: Estimator
+    importance: bool
 
 
 def estimate(estimator: Estimator, logprob: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

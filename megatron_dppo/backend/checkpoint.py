@@ -43,7 +43,7 @@ def save_training(
     optimizer: Optimizer,
     state: TrainingState,
     source: Path,
-    queue: Mapping[int, Path] | None = None,
+    queue: Mapping[int, Path],
 ) -> None:
     """Every rank calls this. `source`: the Hugging Face directory that training began with. `queue`: files of batches
     to come, by step; copied.
@@ -56,7 +56,7 @@ def save_training(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         carry_description(source, beside / CARRIED, None)
-        for step, file in (queue or {}).items():
+        for step, file in queue.items():
             (beside / QUEUE).mkdir(exist_ok=True)
             shutil.copyfile(file, queue_path(beside, step))
     dist.barrier()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_dppo.architecture import LATENT_NORM_EPS
 from megatron_dppo.backend.device import has_gpu
 from megatron_dppo.backend.replay import Routes
 from megatron_dppo.head.rows import to_device
@@ -39,7 +40,6 @@ if not multi_latent_attention.Linear:
     multi_latent_attention.Linear = Linear
 
 Layers = Literal["auto", "torch", "transformer_engine"]
-LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
 
 
 def transformer_engine_installed() -> bool:
@@ -187,7 +187,7 @@ class HiddenStatesOutput(ColumnParallelLinear):
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool = False
+    config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool
 ) -> TransformerBlockSubmodules:
     """The spec of this pipeline stage's layers: Transformer Engine's, or ours.
 

@@ -55,9 +55,9 @@ def transformer_config(
     parallel: Parallel,
     dtype: torch.dtype,
     sequence_parallel: bool,
-    recompute: Recompute = "none",
-    expert_bias_rate: float = 0.0,
-    grouped_experts: bool = False,
+    recompute: Recompute,
+    expert_bias_rate: float,
+    grouped_experts: bool,
 ) -> TransformerConfig:
     """Megatron's configuration of the model: exact with respect to transformers, no dropout, no auxiliary loss."""
     settings = _latent_settings(arch) if arch.latent else {}
@@ -172,7 +172,7 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def build_chunks(
-    arch: Architecture, rank: Rank, config: TransformerConfig, *, transformer_engine: bool = False
+    arch: Architecture, rank: Rank, config: TransformerConfig, *, transformer_engine: bool
 ) -> tuple[gpt_model.GPTModel, ...]:
     """This rank's chunks of layers (one, unless stages are virtual), their parameters not yet filled.
 
@@ -278,9 +278,9 @@ class Model:
     arch: Architecture
     pieces: tuple[Piece, ...]
     device: torch.device
-    temperature: float = 1.0
-    head_memory: HeadMemory = HeadMemory()
-    transformer_engine: bool = False  # whose layers these are, or ours
+    temperature: float
+    head_memory: HeadMemory
+    transformer_engine: bool  # whose layers these are, or ours
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,8 @@ from megatron_dppo.data.prompts import ABSENT, value_at
 
 if TYPE_CHECKING:
     from megatron_dppo.config import DataConfig, EvaluationConfig, ModelConfig
+
+FEW = 4  # of what is found, that a message names
 
 
 def _model_files(model: ModelConfig) -> Iterator[str]:
@@ -130,7 +131,7 @@ def _ids(value: int | list[int] | None) -> set[int]:
     return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 
-def few(items: list[Any], limit: int = 4) -> str:
+def few(items: list[Any]) -> str:
     """The first few items, and how many more."""
-    shown = ", ".join(str(item) for item in itertools.islice(items, limit))
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+    shown = ", ".join(map(str, items[:FEW]))
+    return shown if len(items) <= FEW else f"{shown} and {len(items) - FEW} more"

@@ -5,8 +5,8 @@ writes each column's sum with its carry in two digits, then the answer: `121306>
 3+2+1=06; `$` ends it). Only the text after `>` is checked. A tenth of the 10^6 prompts, by a hash of their
 text, is held out.
 
-A model warm-started on `teacher` instead of `solution` knows the task but forgets carries, so reinforcement
-learning has a preferred mode to turn around, and every prompt stays solvable by sampling.
+A model warm-started on `teacher` knows the task but forgets carries, so reinforcement learning has a preferred
+mode to turn around, and every prompt stays solvable by sampling.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ SYMBOLS = "0123456789+*=>$,"
 END = "$"
 MARKER = ">"
 NUM_COLUMNS = 3
-PROMPT_TOKENS = 2 * NUM_COLUMNS + 1
-RESPONSE_TOKENS = 2 * NUM_COLUMNS + 1 + (NUM_COLUMNS + 1) + 1  # columns, marker, answer, end
 
 Problem = tuple[int, int]
 
@@ -36,14 +34,17 @@ def prompt_text(a: int, b: int) -> str:
     return "".join(f"{x}{y}" for x, y in _columns(a, b)) + "="
 
 
-def solution(a: int, b: int) -> str:
-    """The right response, `121306>0632$` for 347 + 285."""
-    return _response(a, b, kept_carries=(True,) * (NUM_COLUMNS - 1))
-
-
 def teacher(a: int, b: int, forget: float, rng: random.Random) -> str:
-    """A response that forgets each carry with probability `forget`, the rest consistent with that."""
-    return _response(a, b, kept_carries=tuple(rng.random() >= forget for _ in range(NUM_COLUMNS - 1)))
+    """A response that forgets each carry with probability `forget`, the rest consistent with that; with 0 the right
+    one, `121306>0632$` for 347 + 285."""
+    kept_carries = [rng.random() >= forget for _ in range(NUM_COLUMNS - 1)]
+    working, digits, carry = "", "", 0
+    for (x, y), kept in zip(_columns(a, b), (*kept_carries, True), strict=True):
+        total = x + y + carry
+        working += f"{total:02d}"
+        digits = str(total % 10) + digits
+        carry = total // 10 if kept else 0
+    return f"{working}{MARKER}{carry}{digits}{END}"
 
 
 def answer(a: int, b: int) -> str:
@@ -97,14 +98,3 @@ def _columns(a: int, b: int) -> list[tuple[int, int]]:
         if not 0 <= number < 10**NUM_COLUMNS:
             raise ValueError(f"problem: got {number}, expected 0..{10**NUM_COLUMNS - 1}")
     return [(a // 10**k % 10, b // 10**k % 10) for k in range(NUM_COLUMNS)]
-
-
-def _response(a: int, b: int, kept_carries: tuple[bool, ...]) -> str:
-    """Column sums and answer; `kept_carries[k]`: whether column k's carry reaches column k + 1."""
-    working, digits, carry = "", "", 0
-    for (x, y), kept in zip(_columns(a, b), (*kept_carries, True), strict=True):
-        total = x + y + carry
-        working += f"{total:02d}"
-        digits = str(total % 10) + digits
-        carry = total // 10 if kept else 0
-    return f"{working}{MARKER}{carry}{digits}{END}"

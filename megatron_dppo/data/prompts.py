@@ -29,7 +29,6 @@ ABSENT = object()  # what a record has under a key that it does not have
 class Prompt:
     """A prompt that can be rolled out, its `token_ids` int32 [P], and the answer that checks a response."""
 
-    line: int  # 1-based, in the file it came from
     text: str
     answer: str
     token_ids: np.ndarray
@@ -90,7 +89,7 @@ def load_prompts(
                 if len(kept := lines.setdefault(refusal.reason, [])) < KEPT_LINE_NUMBERS:
                     kept.append(number)
                 continue
-            prompts.append(Prompt(number, messages[-1]["content"], answer, token_ids))
+            prompts.append(Prompt(messages[-1]["content"], answer, token_ids))
     taken = PromptSet(tuple(prompts), dict(refused), {reason: tuple(kept) for reason, kept in lines.items()})
     if not prompts:
         raise ValueError(f"prompts: no usable line in {path}, expected JSONL ({taken.describe()})")

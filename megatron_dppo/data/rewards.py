@@ -37,7 +37,7 @@ def make_reward(config: FinalAnswerReward | MathReward) -> Reward:
 class FinalAnswer:
     """1 where the text after the last marker equals the answer, exactly."""
 
-    def __init__(self, marker: str = ">"):
+    def __init__(self, marker: str):
         self.marker = marker
 
     def __call__(self, response: str, answer: str, finish_reason: str) -> dict[str, float]:
@@ -57,7 +57,7 @@ class MathAnswer:
     counts those. `close` ends the workers; so does the end of this process.
     """
 
-    def __init__(self, timeout_s: float = 5.0, workers: int = 2):
+    def __init__(self, timeout_s: float, workers: int):
         self.timeout_s = timeout_s
         self._idle: queue.SimpleQueue[subprocess.Popen[str] | None] = queue.SimpleQueue()
         self._num_workers = workers

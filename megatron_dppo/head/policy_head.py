@@ -95,14 +95,12 @@ def policy_loss(
     temperature: float = 1.0,
     entropy_gradient: bool = False,
     memory: HeadMemory = HeadMemory(),
-    loss_scale: float = 1.0,
 ) -> tuple[Tensor, TokenStats]:
     """The scalar sum_t c_logprob_t log pi(y_t) + c_entropy_t H_t (fp32, unnormalised) and detached statistics.
 
     Arguments as in `token_stats`. `coefficient_fn` is called once for each chunk of tokens, in order, with the
     statistics of that chunk and its range; coefficients are constants of the gradient and the caller puts the sign
-    in. It may return coefficients of the entropy only with `entropy_gradient`. `loss_scale`: what backward will be
-    called with (Megatron's loss scale; 1 for bf16 and fp32), which the chunk path has to know in forward.
+    in. It may return coefficients of the entropy only with `entropy_gradient`.
 
     The gradient with respect to `hidden_TH` is this rank's part: its sum over the group is the caller's (see
     `rows.counted_rows`). The weight's goes into `weight_VH.main_grad` where that exists in fp32, in forward on the
@@ -112,8 +110,8 @@ def policy_loss(
     Keeps for backward: fp32 [T, V/TP] logits (store), or the gradient [T, H] of the hidden states (chunk), and the
     fp32 gradient of the weight where it has no `main_grad`.
     Raises as `token_stats`. Backward raises RuntimeError for a retained graph (`retain_graph`, `create_graph`), whose
-    logits have been overwritten, and on the chunk path for an upstream gradient that is not `loss_scale` (on a GPU an
-    assertion on the device).
+    logits have been overwritten, and on the chunk path for an upstream gradient other than 1, which its forward
+    took for granted (on a GPU an assertion on the device).
     """
     call = _Call(targets_T, topk_ids_TK, shard, temperature)
     _check(hidden_TH, weight_VH, call)
@@ -124,7 +122,6 @@ def policy_loss(
         entropy_gradient,
         # On the store path, and without gradient too where all tokens fit, the chunk is everything.
         chunk=len(targets_T) if is_store else memory.chunk_tokens(weight_VH.shape[0]),
-        loss_scale=loss_scale,
         with_gradient=with_gradient,
     )
     function = _StoreLoss if is_store and with_gradient else _ChunkLoss
@@ -152,7 +149,6 @@ class _Plan:
     coefficient_fn: CoefficientFn
     entropy_gradient: bool
     chunk: int
-    loss_scale: float
     with_gradient: bool
 
     def coefficients(self, stats: TokenStats, tokens: slice) -> tuple[Tensor, Tensor | None]:
@@ -272,13 +268,13 @@ class _ChunkLoss(torch.autograd.Function):
             parts.append(measured.stats)
             if d_hidden is None and d_weight is None:
                 continue
-            gradient = measured.gradient_(*coefficients, plan.loss_scale, weight.dtype)
+            gradient = measured.gradient_(*coefficients, 1.0, weight.dtype)
             if d_hidden is not None:
                 matmul.hidden_gradient(gradient, weight, d_hidden[tokens])
             if d_weight is not None:
                 matmul.add_weight_gradient(d_weight[: len(weight)], gradient, hidden[tokens])
         ctx.save_for_backward(loss)  # nothing needs it; without it a second backward would find no one to refuse it
-        ctx.d_hidden, ctx.d_weight, ctx.weight, ctx.loss_scale = d_hidden, d_weight, weight_VH, plan.loss_scale
+        ctx.d_hidden, ctx.d_weight, ctx.weight = d_hidden, d_weight, weight_VH
         return loss, *_outputs(ctx, _joined(parts))
 
     @staticmethod
@@ -286,7 +282,7 @@ class _ChunkLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_retained_graph()
         _ = ctx.saved_tensors
-        _expect_scale(d_loss, ctx.loss_scale)
+        _expect_one(d_loss)
         d_weight = None if ctx.d_weight is None else weight_gradient.hand_over(ctx.weight, ctx.d_weight)
         d_hidden, ctx.d_hidden, ctx.d_weight = ctx.d_hidden, None, None
         return d_hidden, d_weight, None, None
@@ -318,13 +314,13 @@ def _refuse_retained_graph() -> None:
         )
 
 
-def _expect_scale(d_loss: Tensor, loss_scale: float) -> None:
+def _expect_one(d_loss: Tensor) -> None:
     """On a GPU the comparison stays on the device: looking at it here would wait for the whole forward."""
     if d_loss.is_cuda:
-        torch._assert_async(d_loss == loss_scale, "policy_loss: the upstream gradient is not loss_scale")
-    elif d_loss.item() != loss_scale:
+        torch._assert_async(d_loss == 1, "policy_loss: the upstream gradient is not 1")
+    elif d_loss.item() != 1:
         raise RuntimeError(
-            f"policy_loss: got an upstream gradient of {d_loss.item()}, expected loss_scale={loss_scale}: on the chunk "
+            f"policy_loss: got an upstream gradient of {d_loss.item()}, expected 1: on the chunk "
             "path the gradient is made in forward; divide the loss where gradients are finalised, or use the store path"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_dppo.config.rules import RULES, Rule, submission_rules
@@ -18,9 +18,9 @@ STEP_VARIABLE = "MEGATRON_DPPO_STEP"  # words before the command of every step, 
 RESTARTED_VARIABLE = "MEGATRON_DPPO_RESTARTED"  # the batch script's: this is not the job's first start
 
 
-def elsewhere(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> bool:
+def elsewhere(cluster: ClusterConfig) -> bool:
     """On several machines, or in containers that Slurm's steps enter and the launcher does not."""
-    contained = JOB_VARIABLE in environ and any(environ.get(name) for name in (SRUN_VARIABLE, STEP_VARIABLE))
+    contained = JOB_VARIABLE in os.environ and any(os.environ.get(name) for name in (SRUN_VARIABLE, STEP_VARIABLE))
     return cluster.machines > 1 or contained
 
 

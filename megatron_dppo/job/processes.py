@@ -56,7 +56,7 @@ class Child:
     log_path: Path
     grace_s: float
     _guard: subprocess.Popen[bytes]
-    _culprit: Callable[[Path], Path | None] = lambda log_path: None
+    _culprit: Callable[[Path], Path | None]
 
     @property
     def pid(self) -> int:
@@ -101,7 +101,6 @@ def start(
     *,
     env: Mapping[str, str],
     log_path: Path,
-    cwd: Path | None = None,
     grace_s: float = GRACE_S,
     stop_signal: signal.Signals = signal.SIGTERM,
     culprit: Callable[[Path], Path | None] = lambda log_path: None,
@@ -121,7 +120,6 @@ def start(
         process = subprocess.Popen(
             guard,
             env=dict(env),
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -140,13 +138,7 @@ def become_guarded(argv: Sequence[str], env: Mapping[str, str], grace_s: float) 
     os.execve(guard[0], guard, dict(env))
 
 
-def supervise(
-    children: Sequence[Child],
-    *,
-    until: Sequence[Child],
-    watch: Callable[[], None] = lambda: None,
-    poll_s: float = POLL_S,
-) -> None:
+def supervise(children: Sequence[Child], *, until: Sequence[Child], watch: Callable[[], None] = lambda: None) -> None:
     """Block until all of `until` have ended with code 0. Raises ChildDied as soon as any other end is seen.
 
     A child that is not in `until` is a service: it must not end at all, not even with code 0. `watch` is
@@ -163,7 +155,7 @@ def supervise(
             waiting.remove(child)
         watch()
         if waiting:
-            time.sleep(poll_s)
+            time.sleep(POLL_S)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Layers:
     fused: bool
     itemsize: int
     on_gpu: bool
-    sequence_shares: int = 1
+    sequence_shares: int
 
 
 def kept_bytes(arch: Architecture, parallel: Parallel, layers: Layers, is_moe: bool, longest: int) -> float:

@@ -83,7 +83,7 @@ class Plan:
         return found
 
 
-def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def plan_recipe(path: Path, overrides: Sequence[str]) -> Plan:
     """Reads and plans a recipe. Where it cannot be read as a whole, what is broken of the rest is said all the same.
 
     Raises ConfigError for what is no recipe at all.

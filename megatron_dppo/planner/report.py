@@ -31,9 +31,9 @@ KINDS = {
 }
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan) -> None:
     """Head line, memory by stage, engine, what is broken and what would be better."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
     for line in _title(plan):
         console.print(line, markup=False)
     if plan.memory is not None:
@@ -50,11 +50,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
 
 
-def print_suggestions(
-    title: str, suggestions: Sequence[Suggestion], unmended: Sequence[str] = (), console: Console | None = None
-) -> None:
+def print_suggestions(title: str, suggestions: Sequence[Suggestion], unmended: Sequence[str] = ()) -> None:
     """What one can paste behind the recipe, with what comes of it; or why there is nothing (`unmended`)."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
     console.print(f"{title}: seconds of a step, GiB of a rank, devices, overrides", style="bold")
     for each in suggestions:
         line = f"  {each.seconds:8.4g} s {each.needed / GIB:7.1f} GiB  {each.used}  {each.command_line()}"

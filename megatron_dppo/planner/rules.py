@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_dppo.architecture import Architecture
+from megatron_dppo.architecture import LATENT_NORM_EPS, Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_dppo.config.cluster_rules import startable
 from megatron_dppo.config.loading import sections_of
@@ -18,7 +18,6 @@ from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload
 
-LATENT_NORM_EPS = 1e-6  # backend.layers.LATENT_NORM_EPS, which is not imported: it brings Megatron
 FEW_MICRO_BATCHES = 4  # a pipeline stage: with fewer, more than a fifth of the time is its bubble
 
 

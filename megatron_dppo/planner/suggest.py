@@ -19,6 +19,7 @@ Overrides = Mapping[str, Any]  # dotted keys, as on the command line
 RECOMPUTES = ("none", "selective", "full")  # dearer from left to right
 ENGINE_SHARES = (0.25, 0.5, 0.75)  # of all nodes, that engines are tried with
 MOST_CANDIDATES = 400  # of the fastest, that are planned as a whole
+MOST_LAYOUTS, MOST_FIXES = 5, 3  # that are shown
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def machines(text: str) -> tuple[int, int]:
     return int(nodes), int(devices)
 
 
-def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> Search:
+def suggest_layouts(plan: Plan, nodes: int, devices: int) -> Search:
     """Layouts for so many nodes of the trainer, by the estimate of a step's seconds.
 
     Searched: tensor, pipeline (with uneven stages where the layers do not divide), two virtual stages, context, expert
@@ -92,8 +93,8 @@ def suggest_layouts(plan: Plan, nodes: int, devices: int, most: int = 5) -> Sear
     places = [(place, list(_layouts(with_overrides(config, place), arch))) for place in _places(config, nodes, devices)]
     if unmended := _in_all(config, arch, [place | layout for place, layouts in places for layout in layouts]):
         return Search(unmended=unmended)
-    found = [s for place, layouts in places for s in _fastest(config, arch, place, layouts, most)]
-    return Search(tuple(sorted(found, key=lambda s: s.seconds)[:most]))
+    found = [s for place, layouts in places for s in _fastest(config, arch, place, layouts)]
+    return Search(tuple(sorted(found, key=lambda s: s.seconds)[:MOST_LAYOUTS]))
 
 
 def _places(config: Config, nodes: int, devices: int) -> Iterator[dict[str, Any]]:
@@ -141,9 +142,7 @@ def engine_choices(config: Config) -> Iterator[dict[str, Any]]:
             yield {"rollout.tensor": tensor, "rollout.engines": workers // tensor}
 
 
-def _fastest(
-    config: Config, arch: Architecture, place: Overrides, layouts: Sequence[Overrides], most: int
-) -> list[Suggestion]:
+def _fastest(config: Config, arch: Architecture, place: Overrides, layouts: Sequence[Overrides]) -> list[Suggestion]:
     """Of the trainer's layouts in one place. Which engines are best, hardly depends on the trainer's layout: they are
     chosen with the first that fits."""
     found = []
@@ -167,12 +166,12 @@ def _fastest(
         if fitting:
             suggestions[degrees], best = min(fitting, key=lambda each: each[0].seconds)
             engines = [best]
-        if len(suggestions) == most:
+        if len(suggestions) == MOST_LAYOUTS:
             break
     return list(suggestions.values())
 
 
-def fixes(plan: Plan, most: int = 3) -> list[Suggestion]:
+def fixes(plan: Plan) -> list[Suggestion]:
     """The changes, one or two settings each, under which a config without enough memory fits; the fastest first, single
     ones before pairs. None where it fits, or where another rule is broken."""
     config, arch = plan.config, plan.arch
@@ -185,7 +184,7 @@ def fixes(plan: Plan, most: int = 3) -> list[Suggestion]:
         plans = [Suggestion(change, make_plan(with_overrides(config, change), arch)) for change in changes]
         fitting = sorted((s for s in plans if s.plan.fits), key=lambda s: s.seconds)
         if fitting:
-            return fitting[:most]
+            return fitting[:MOST_FIXES]
     return []
 
 

@@ -16,6 +16,7 @@ from megatron_dppo.weights.layout import Box
 
 PauseMode = Literal["wait", "abort", "keep"]
 Transport = Literal["shm", "group", "ipc", "disk"]  # ways for weights
+UNUSABLE = -1  # the version of weights that a failed update left half-written
 UPDATE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes an element
 
 

@@ -20,13 +20,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout.engine import GroupUpdate, Manifest
+from megatron_dppo.rollout.engine import UNUSABLE, GroupUpdate, Manifest
 from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import checked_tensors
 from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
-
-UNUSABLE = -1  # the version of weights that a failed update left half-written
 
 Method = Callable[..., dict[str, Any]]
 

@@ -147,9 +147,9 @@ def _is_derived(name: str, arch: Architecture) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
 
 
-def row_blocks(tensor: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of blocks of at most `block_bytes`."""
-    most = max(1, block_bytes // max(tensor.row_bytes, 1))
+def row_blocks(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of blocks of at most `BLOCK_BYTES`."""
+    most = max(1, BLOCK_BYTES // max(tensor.row_bytes, 1))
     yield from ((row, min(most, tensor.shape[0] - row)) for row in range(0, tensor.shape[0], most))
 
 

@@ -37,35 +37,6 @@ _COLUMNS = ("tensor", "src_rank", "src_param", "src_offset", "start", "stop", "d
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a plan costs. Bytes are of one sync.
-
-    `sent_bytes` [trainer ranks] and `received_bytes` [workers of one instance, the same in each] of the hop from the
-    trainer to an instance; the minimum of that hop is the bytes that the workers of an instance keep, and that of the
-    hops between instances N - 1 times as much. `wire_over_minimum`: all bytes sent over all that must be.
-    `sender_staging_bytes`, `worker_staging_bytes`: the largest two buckets in a row; a rank that sends more in them
-    than a worker receives packs it in pieces. A message is what one rank sends to one worker in one bucket and
-    itemsize, of one or more parts. `sender_balance`: the busiest trainer rank over the mean of all;
-    `sender_balance_limit`: the least that who holds what permits.
-    """
-
-    sent_bytes: tuple[int, ...]
-    received_bytes: tuple[int, ...]
-    trainer_to_engine_bytes: int
-    trainer_to_engine_minimum: int
-    engine_to_engine_bytes: int
-    engine_to_engine_minimum: int
-    wire_over_minimum: float
-    sender_staging_bytes: tuple[int, ...]
-    worker_staging_bytes: tuple[int, ...]
-    num_parts: int
-    num_messages: int
-    num_buckets: int
-    sender_balance: float
-    sender_balance_limit: float
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Every part that is sent, one a row of the arrays, in the order of sending: bucket, itemsize, worker, rank.
@@ -154,41 +125,6 @@ class Plan:
             else:
                 found.update(f"{field.name} {value!r}\n".encode())
         return found.hexdigest()
-
-    def report(self) -> Report:
-        """Bytes, messages, memory and balance of the plan."""
-        nbytes, ranks, workers = self.nbytes, len(self.fair_bytes), len(self.kept_bytes)
-        sent, received = _sums(nbytes, self.src_rank, ranks), _sums(nbytes, self.dst, workers)
-        hops = self.instances - 1
-        total, minimum = int(sent.sum()), int(self.kept_bytes.sum())
-        mean = total / ranks
-        itemsize = np.array([UPDATE_DTYPES[dtype] for dtype in self.dtypes])[self.tensor]
-        message = np.stack([self.bucket, itemsize, self.dst, self.src_rank])
-        return Report(
-            sent_bytes=tuple(sent.tolist()),
-            received_bytes=tuple(received.tolist()),
-            trainer_to_engine_bytes=total,
-            trainer_to_engine_minimum=minimum,
-            engine_to_engine_bytes=int(received.sum()) * hops,
-            engine_to_engine_minimum=minimum * hops,
-            wire_over_minimum=(total + int(received.sum()) * hops) / (minimum * self.instances),
-            sender_staging_bytes=tuple(
-                np.minimum(self._peaks(self.src_rank, ranks), BUCKETS_IN_FLIGHT * self.bucket_bytes).tolist()
-            ),
-            worker_staging_bytes=tuple(self._peaks(self.dst, workers).tolist()),
-            num_parts=len(nbytes),
-            num_messages=int(np.any(np.diff(message, prepend=-1) != 0, axis=0).sum()),
-            num_buckets=self.num_buckets,
-            sender_balance=int(sent.max()) / mean,
-            sender_balance_limit=int(self.fair_bytes.max()) / mean,
-        )
-
-    def _peaks(self, owner: NDArray[np.int32], owners: int) -> Ints:
-        """Bytes of the largest buckets in flight at once, of every sender or worker."""
-        key = self.bucket.astype(np.int64) * owners + owner
-        each = _sums(self.nbytes, key, self.num_buckets * owners).reshape(-1, owners)
-        windows = range(max(1, len(each) - BUCKETS_IN_FLIGHT + 1))
-        return np.stack([each[first : first + BUCKETS_IN_FLIGHT].sum(axis=0) for first in windows]).max(axis=0)
 
 
 def sync_plan(

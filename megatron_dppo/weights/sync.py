@@ -98,9 +98,7 @@ class GroupSender:
     A new generation begins with a plan, which every rank makes, and a meeting of all ranks and workers.
     """
 
-    def __init__(
-        self, held: Held, control: Control, *, bucket_bytes: int, timeout_s: float, one_machine: bool = False
-    ) -> None:
+    def __init__(self, held: Held, control: Control, *, bucket_bytes: int, timeout_s: float, one_machine: bool) -> None:
         """`timeout_s`: how long a rank waits for a worker to come, or to take what was sent. `one_machine`: through
         memory that both have, not a process group."""
         self._held, self._control = held, control

@@ -372,14 +372,14 @@ def test_a_missing_logprob_stops_the_run(name: str) -> None:
 # Gradients ----------------------------------------------------------------------------------------
 
 
-def softmax_problem(seed: int, tokens: int = 60, vocabulary: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """theta [T, V] (logits of pi), log mu and log old [T, V], sampled ids and advantages [T], in float64."""
+def softmax_problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """theta [T, V] (60 tokens, logits of pi), log mu and log old [T, V], sampled ids and advantages [T], in float64."""
     g = torch.Generator().manual_seed(seed)
-    theta = torch.randn(tokens, vocabulary, generator=g, dtype=torch.float64)
+    theta = torch.randn(60, 5, generator=g, dtype=torch.float64)
     mu_TV = (theta + 0.7 * torch.randn(theta.shape, generator=g, dtype=torch.float64)).log_softmax(-1)
     old_TV = (theta + 0.7 * torch.randn(theta.shape, generator=g, dtype=torch.float64)).log_softmax(-1)
     ids = torch.multinomial(mu_TV.exp(), 1, generator=g)[:, 0]
-    advantage = torch.randn(tokens, generator=g, dtype=torch.float64)
+    advantage = torch.randn(60, generator=g, dtype=torch.float64)
     return theta.requires_grad_(), mu_TV, old_TV, ids, advantage
 
 

@@ -27,7 +27,7 @@ def test_with_importance_the_expected_pull_is_the_gradient_of_the_divergence(est
     log_pi = logits.log_softmax(-1)
     (expected,) = torch.autograd.grad((log_pi.exp() * (log_pi - reference)).sum(), logits, retain_graph=True)
     ratio = (log_pi - mu).exp().detach()
-    kl = ReferenceKl(0.3, estimator)  # type: ignore[arg-type]
+    kl = ReferenceKl(0.3, estimator, importance=True)  # type: ignore[arg-type]
     coefficient, _ = kl_coefficient(kl, log_pi.detach(), reference, ratio)
     (got,) = torch.autograd.grad((mu.exp() * coefficient * log_pi).sum(), logits)
     torch.testing.assert_close(got, -0.3 * expected, rtol=1e-10, atol=1e-12)

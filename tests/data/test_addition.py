@@ -9,24 +9,25 @@ import pytest
 from megatron_dppo.data import addition
 
 
+def solution(a: int, b: int) -> str:
+    return addition.teacher(a, b, forget=0.0, rng=random.Random(0))
+
+
 def test_the_example_of_the_task() -> None:
     assert addition.prompt_text(347, 285) == "754832="
-    assert addition.solution(347, 285) == "121306>0632$"
+    assert solution(347, 285) == "121306>0632$"
     assert addition.answer(347, 285) == "0632"
-    assert len("754832=") == addition.PROMPT_TOKENS
-    assert len("121306>0632$") == addition.RESPONSE_TOKENS
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), [(0, 0, "000000>0000$"), (999, 999, "181919>1998$")])
 def test_solutions_at_the_edges(a: int, b: int, expected: str) -> None:
-    assert addition.solution(a, b) == expected
+    assert solution(a, b) == expected
 
 
 def test_a_teacher_that_forgets_every_carry_but_the_last() -> None:
     rng = random.Random(0)
     assert addition.teacher(347, 285, forget=1.0, rng=rng) == "121205>0522$"
     assert addition.teacher(947, 285, forget=1.0, rng=rng) == "121211>1122$"
-    assert addition.teacher(347, 285, forget=0.0, rng=rng) == addition.solution(347, 285)
 
 
 def test_the_teacher_forgets_a_carry_with_the_given_probability() -> None:
@@ -38,7 +39,7 @@ def test_the_teacher_forgets_a_carry_with_the_given_probability() -> None:
 
 def test_problems_outside_the_task_are_refused() -> None:
     with pytest.raises(ValueError, match="got 1000, expected 0..999"):
-        addition.solution(1000, 1)
+        solution(1000, 1)
 
 
 def test_a_tenth_is_held_out_and_never_sampled_for_training() -> None:

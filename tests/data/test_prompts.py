@@ -50,7 +50,7 @@ def test_lines_are_taken_or_refused_one_by_one(tmp_path: Path, bytes_tokenizer: 
         {"prompt": ["a"], "answer": "1"},
     )
     taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=16)
-    assert [(p.line, p.text, p.answer) for p in taken.prompts] == [(1, "1+1=", "2"), (10, "größe 你?", "3.5")]
+    assert [(p.text, p.answer) for p in taken.prompts] == [("1+1=", "2"), ("größe 你?", "3.5")]
     assert taken.prompts[1].token_ids.dtype == np.int32
     assert len(taken.prompts[1].token_ids) == len("größe 你?".encode()) == 12
     assert bytes_tokenizer.decode(taken.prompts[1].token_ids) == "größe 你?"
@@ -136,7 +136,7 @@ def test_a_refusal_names_the_key(tmp_path: Path, bytes_tokenizer: PreTrainedToke
     broken = [DAPO | {"reward_model": "2"}, DAPO | {"prompt": [{"role": "user"}]}, DAPO | {"reward_model": {}}]
     path = jsonl(tmp_path / "p.jsonl", DAPO, *broken, {**AIME, "prompt": "q", "reward_model.ground_truth": 3})
     taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=64, answer_key="reward_model.ground_truth")
-    assert [(p.line, p.answer) for p in taken.prompts] == [(1, "2"), (5, "3")]  # a key may have a dot in it
+    assert [p.answer for p in taken.prompts] == ["2", "3"]  # a key may have a dot in it
     assert taken.refused_lines == {
         "without a usable reward_model.ground_truth": (2, 4),
         "without a usable prompt": (3,),

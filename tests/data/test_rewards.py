@@ -76,7 +76,7 @@ def test_answers_that_never_end_are_wrong_in_time_and_threads_go_on(math_answer:
 
 
 def test_close_ends_the_workers_and_they_start_again_when_asked() -> None:
-    reward = MathAnswer(workers=1)
+    reward = MathAnswer(timeout_s=5.0, workers=1)
     assert reward("4", "4", "stop")["reward"] == 1
     worker = reward._idle.get()
     assert isinstance(worker, subprocess.Popen) and worker.poll() is None

@@ -34,17 +34,11 @@ from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
 from megatron_dppo.weights.sync import FileSender
 
 
-def model_of(
-    rank: Rank,
-    path: Path,
-    temperature: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    head_memory: HeadMemory = HeadMemory(),
-) -> Model:
+def model_of(rank: Rank, path: Path, temperature: float = 1.0, head_memory: HeadMemory = HeadMemory()) -> Model:
     return load_model(
         path,
         rank,
-        dtype,
+        torch.float32,
         sequence_parallel=rank.parallel.tensor > 1,
         temperature=temperature,
         head_memory=head_memory,

@@ -31,6 +31,7 @@ RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
 SECTION = rf"({'|'.join(Config.model_fields)})"
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.+")
 KEY = re.compile(rf"{SECTION}\.(?!\w+$(?<=\.json))[a-z_.]*[a-z_]")
+VARIABLE = re.compile(r"\b(?:MEGATRON_DPPO|MDPPO)_(?!TEST_)[A-Z_]*[A-Z]\b")
 TAKES_OVERRIDES = {"megatron-dppo", "tools/make_cut.py"}
 NUMBERS = {"N": "1", "SECONDS": "1"}  # where a syntax has a placeholder for one
 FOLDERS = ("docs", "tests", "tools", "configs", "launchers", "benchmarks", "requirements", "megatron_dppo")
@@ -180,6 +181,14 @@ def test_the_index_has_every_page() -> None:
     listed = linked_pages(INDEX)
     missing = [page.name for page in PAGES if page not in (INDEX, REPOSITORY / "README.md") and page not in listed]
     assert missing == []
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    sources = [REPOSITORY / "Makefile"]
+    for folder in ("megatron_dppo", "launchers", "tests"):
+        sources += [path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".sh", ".sbatch")]
+    used = {name for path in sources for name in VARIABLE.findall(path.read_text())}
+    assert used == set(VARIABLE.findall((REPOSITORY / "docs" / "config.md").read_text()))
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
 
 
 def test_an_engine_that_records_no_routes_is_found_before_anything_is_trained(served: Served) -> None:
-    arch, prompts = load_architecture(served.model_dir), [Prompt(0, "", "", np.array(p)) for p in PROMPTS]
+    arch, prompts = load_architecture(served.model_dir), [Prompt("", "", np.array(p)) for p in PROMPTS]
 
     async def body(engine: RolloutEngine) -> None:
         await probe_routes([engine], prompts, arch)

@@ -249,7 +249,7 @@ def test_what_is_frozen_gets_no_gradient(path: str, frozen: str) -> None:
 
 
 def test_the_upstream_gradient() -> None:
-    """The store path takes any; the chunk path made its gradient for a scale that it was told."""
+    """The store path takes any; the chunk path made its gradient for 1."""
     case = make_case()
     loss, _, hidden, _ = loss_of(case, PATHS["store"])
     (3 * loss).backward()
@@ -257,18 +257,8 @@ def test_the_upstream_gradient() -> None:
     close(hidden.grad, 3 * answer(case).d_hidden, 1e-4)
 
     loss, _, _, _ = loss_of(case.to("cpu"), PATHS["chunk"])  # a GPU's assertion ends the process
-    with pytest.raises(RuntimeError, match=r"got an upstream gradient of 3.0, expected loss_scale=1.0"):
+    with pytest.raises(RuntimeError, match=r"got an upstream gradient of 3.0, expected 1:"):
         (3 * loss).backward()
-
-    hidden = case.hidden.clone().requires_grad_()
-    loss, _ = policy_loss(
-        hidden, case.weight, case.targets, case.topk_ids, case.coefficients,
-        shard=VocabShard(0, case.vocab_size), entropy_gradient=True, memory=CHUNK_OF_4, loss_scale=3.0,
-    )  # fmt: skip
-    close(loss.detach(), answer(case).loss, 1e-4)
-    (3 * loss).backward()
-    assert hidden.grad is not None
-    close(hidden.grad, 3 * answer(case).d_hidden, 1e-4)
 
 
 @pytest.mark.parametrize("path", ["store", "chunk"])

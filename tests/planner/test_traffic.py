@@ -22,6 +22,7 @@ from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import sync_plan
 from tests.planner.configs import config, shape
 from tests.weights.architectures import LATENT, SMALL
+from tests.weights.plan_report import report_of
 
 H100 = GPUS["h100"]
 
@@ -34,13 +35,14 @@ def test_sync_has_the_bytes_of_the_plan_that_is_carried_out(arch: Any, engine: d
     )
     found = sync_traffic(settings, arch, H100)
     layout, parallel = settings.parallel.layout, engine_parallel(settings)
-    report = sync_plan(
+    plan = sync_plan(
         [list(megatron_layout(arch, layout, rank)) for rank in range(4)],
         [list(engine_layout(arch, parallel, worker)) for worker in range(parallel.workers)],
         hub_dtypes(arch, "bfloat16"),
         bucket_bytes=settings.sync.bucket_bytes,
         instances=3,
-    ).report()
+    )
+    report = report_of(plan)
     assert found.trainer_to_engine_bytes == report.trainer_to_engine_bytes
     assert found.engine_to_engine_bytes == report.engine_to_engine_bytes
     assert found.bytes_per_worker == max(report.received_bytes)

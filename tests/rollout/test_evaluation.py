@@ -34,7 +34,7 @@ def config(eval_sets: Any, **evaluation: Any) -> Config:
 
 
 def prompts(*answers: str) -> list[Prompt]:
-    return [Prompt(i, "1+1=", answer, np.array([i], np.int32)) for i, answer in enumerate(answers)]
+    return [Prompt("1+1=", answer, np.array([i], np.int32)) for i, answer in enumerate(answers)]
 
 
 def answer(request: Request, ids: Sequence[int], finish_reason: Any) -> Trajectory:
@@ -84,7 +84,7 @@ def test_shares_are_of_all_samples_and_what_was_cut_off_is_wrong(tmp_path: Any) 
 
     sets = {"a": prompts("7"), "b": prompts("8", "7")}
     measures = measures_of(config({"a": "a", "b": "b"}, greedy=False, samples=4), sets, "e")
-    first, second = asyncio.run(evaluate(measures, sample, tokenizer, FinalAnswer(), seed=0))
+    first, second = asyncio.run(evaluate(measures, sample, tokenizer, FinalAnswer(">"), seed=0))
     assert (first.name, first.accuracy, first.truncated_share, first.prompts) == ("a/avg@4", 0.5, 0.25, 1)
     assert (second.name, second.accuracy, second.prompts, second.samples) == ("b/avg@4", 3 / 8, 2, 4)
     assert first.response_length == pytest.approx((2 + 3 + 2 + 2) / 4)

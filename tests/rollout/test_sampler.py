@@ -68,7 +68,7 @@ class Sampler:
     fits = RealSampler.fits
 
     def prompts(self, step: int) -> list[Prompt]:
-        return [Prompt(1, "1", "1", np.array([self.first_id], np.int32))] * self.config.rollout.prompts_per_step
+        return [Prompt("1", "1", np.array([self.first_id], np.int32))] * self.config.rollout.prompts_per_step
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])

@@ -22,6 +22,7 @@ from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import Plan, sync_plan
 from tests.weights.architectures import ARCHITECTURES, KIMI_K2, LATENT, LAYOUTS, QWEN3_235B, SMALL
+from tests.weights.plan_report import report_of
 
 ENGINES = [
     EngineParallel(),
@@ -225,7 +226,7 @@ def test_senders_are_as_even_as_the_layout_permits(engine: EngineParallel, train
     least = least_busiest(given)
     plan = sync_plan(*given, bucket_bytes=4096, min_cut_bytes=1)
     assert least <= plan.fair_bytes.max() < least * 1.0001 + 1
-    report = plan.report()
+    report = report_of(plan)
     assert max(report.sent_bytes) >= least
     assert max(report.sent_bytes) < 1.02 * least + 32
     assert report.sender_balance_limit == pytest.approx(
@@ -241,7 +242,7 @@ def test_four_replicas_share_in_every_bucket() -> None:
         [4, 8, 12, 16], [20, 24, 28, 32], [36, 40, 44, 48], [52, 56, 60, 64],
     ]  # fmt: skip
     assert plan.src_rank.tolist() == [0, 1, 2, 3] * 4
-    report = plan.report()
+    report = report_of(plan)
     assert (report.sent_bytes, report.sender_balance, report.num_messages) == ((256,) * 4, 1.0, 16)
     assert (report.sender_staging_bytes, report.worker_staging_bytes) == ((128,) * 4, (512,))
     whole = sync_plan(senders, [[Box("w", (0, 0), (64, 8))]], {"w": "bfloat16"}, bucket_bytes=271)
@@ -255,7 +256,7 @@ def test_a_box_that_a_rank_holds_twice_is_sent_from_one_place() -> None:
     for rank, param in places:
         senders[rank].append(Piece("w", (0,), (80,), param, (0,), rank))
     plan = sync_plan(senders, [[Box("w", (0,), (80,))]], {"w": "bfloat16"}, bucket_bytes=1000, min_cut_bytes=1)
-    assert (plan.report().sent_bytes, plan.num_buckets, len(plan.dst)) == ((80, 80), 1, 2)
+    assert (report_of(plan).sent_bytes, plan.num_buckets, len(plan.dst)) == ((80, 80), 1, 2)
 
 
 def test_a_rank_that_must_send_more_gets_no_share_of_the_rest() -> None:
@@ -267,7 +268,7 @@ def test_a_rank_that_must_send_more_gets_no_share_of_the_rest() -> None:
     ]
     receivers = [[Box("a", (0,), (100,)), Box("b", (0,), (200,))]]
     plan = sync_plan(senders, receivers, {"a": "bfloat16", "b": "bfloat16"}, bucket_bytes=1000, min_cut_bytes=1)
-    report = plan.report()
+    report = report_of(plan)
     assert report.sent_bytes == (300, 300, 0)
     assert plan.src_offset[plan.src_rank == 1].tolist() == [[7 + 50, 0]]
     assert report.sender_balance == report.sender_balance_limit == 1.5  # the copy of replica -1 is not sent
@@ -277,7 +278,7 @@ def test_report_of_a_relay_over_three_instances() -> None:
     """SMALL at TP2 x DP2 to engines of TP2: every byte by counting elements."""
     given = layouts(SMALL, Parallel(tensor=2, ranks=4), EngineParallel(tensor=2))
     plan = sync_plan(*given, bucket_bytes=512, instances=3)
-    report = plan.report()
+    report = report_of(plan)
     kept = tuple(2 * sum(prod(np.subtract(b.stop, b.start)) for b in boxes) for boxes in given[1])
     # 11 rows of the vocabulary are all on worker 0 (11 x 8 elements of 2 bytes, embedding and head).
     assert report.received_bytes == kept and kept[0] - kept[1] == 2 * 2 * 11 * 8
@@ -305,7 +306,7 @@ def test_parts_of_a_message_are_neighbours_for_both_sides() -> None:
         bucket, src = int(plan.bucket[row]), int(plan.src_rank[row])
         assert sent[bucket, src] % itemsize[row] == 0
         sent[bucket, src] += nbytes
-    assert plan.report().num_messages == len(set(message))
+    assert report_of(plan).num_messages == len(set(message))
 
 
 def test_the_digest_changes_with_anything() -> None:
@@ -422,7 +423,7 @@ def test_a_trillion_parameters_to_eight_engines() -> None:
     given = layouts(KIMI_K2, KIMI_TRAINER, EngineParallel(tensor=8, data=4, expert_parallel=True))
     plan = sync_plan(*given, bucket_bytes=1 << 29, instances=8)
     assert_tiles(plan, given)
-    report = plan.report()
+    report = report_of(plan)
     each = 2 * 34_127_656_448 + 2 * 60 * 384  # elements by hand in test_engine_layout.py; the routers' bias is float32
     assert set(report.received_bytes) == {each}
     assert report.wire_over_minimum == 1.0 and report.num_buckets == 128
@@ -437,7 +438,7 @@ def test_qwen3_235b_to_engines_of_tp8() -> None:
     given = layouts(QWEN3_235B, QWEN_TRAINER, EngineParallel(tensor=8))
     plan = sync_plan(*given, bucket_bytes=1 << 29, instances=4)
     assert_tiles(plan, given)
-    report = plan.report()
+    report = report_of(plan)
     elements = sum(prod(shape) for shape in hub_shapes(QWEN3_235B).values())
     replicated = 94 * (2 * 4096 + 2 * 128 + 128 * 4096) + 4096
     assert report.trainer_to_engine_bytes == 2 * (elements + 7 * replicated + 94 * 2 * 512 * 4096)

@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import torch
-import torch.multiprocessing
-
 LOADER = "megatron_dppo.rollout.sglang.worker.call"
 
 
@@ -31,6 +28,8 @@ class Call:
 
     def message(self) -> str:
         """What stands for one worker's tensors in the request."""
+        import torch.multiprocessing  # `check` looks for SGLang where torch may be broken
+
         buffer = io.BytesIO()
         ForkingPickler(buffer).dump([(json.dumps(asdict(self)), torch.empty(0, dtype=torch.uint8))])
         return base64.b64encode(buffer.getvalue()).decode()

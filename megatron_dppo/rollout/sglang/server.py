@@ -19,7 +19,6 @@ from megatron_dppo.rollout.sglang.message import LOADER
 SUPPORTED = (0, 5, 18), (0, 5, 23)  # first and last version
 PYTHON_VARIABLE = "MEGATRON_DPPO_SGLANG_PYTHON"  # in the environment: the interpreter that has SGLang
 RESERVED_POSITIONS = 6  # of the context that SGLang gives to no request
-DEFAULT_SEQS = 64
 
 
 def server_command(
@@ -33,7 +32,7 @@ def server_command(
     tensor_parallel_size: int = 1,
     expert_parallel: bool = False,
     max_model_len: int,
-    max_num_seqs: int = DEFAULT_SEQS,
+    max_num_seqs: int,
     gpu_memory_utilization: float | None = None,
     python: str = sys.executable,
     extra: Sequence[str] = (),

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from megatron_dppo.rollout.engine import EngineError, Update
 from megatron_dppo.rollout.http_client import HttpClient
 
-UNUSABLE = -1  # the version of weights that are not whole
 NO_SESSION, SESSION_OPEN = "no weight-update session is open", "session is already open"
 
 

@@ -24,10 +24,10 @@ from torch.distributed import distributed_c10d
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout.engine import EngineError, Manifest, Update
+from megatron_dppo.rollout.engine import UNUSABLE, EngineError, Manifest, Update
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang.answer import wire_version
-from megatron_dppo.rollout.sglang.sessions import UNUSABLE, Sessions
+from megatron_dppo.rollout.sglang.sessions import Sessions
 from megatron_dppo.rollout.sglang.shards import own_address
 from megatron_dppo.weights.image import checked_tensors, map_tensors, shown
 from megatron_dppo.weights.mapping import hub_shapes

@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from megatron_dppo.rollout.vllm import cpu as vllm_cpu
 from megatron_dppo.weights.hub_files import TensorInfo
 from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
+from megatron_dppo.weights.transfer import Index
 
-Index = tuple[int, ...]
 Box = tuple[str, Index, Index]
 NEVER = -(1 << 60)  # elements loaded so far, while recording: no layer is ever complete
 

@@ -32,7 +32,6 @@ from megatron_dppo.rollout.vllm.reload import Reload
 from megatron_dppo.rollout.vllm.server import TRANSFER_BACKEND
 from megatron_dppo.rollout.worker_weights import WorkerWeights, answering
 
-BACKEND = TRANSFER_BACKEND
 MOST_ENDED = 4096  # requests that are remembered after their end
 
 
@@ -51,7 +50,7 @@ class Update(WeightTransferUpdateInfo):
 
 
 class WeightEngine(WeightTransferEngine[Init, Update]):
-    """vLLM weight-transfer backend `BACKEND`: takes of hub tensors the boxes that this worker keeps."""
+    """vLLM weight-transfer backend `TRANSFER_BACKEND`: takes of hub tensors the boxes that this worker keeps."""
 
     init_info_cls, update_info_cls = Init, Update
 
@@ -100,8 +99,8 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
 
 
 vllm_cpu.mend_expert_parallel()
-if BACKEND not in WeightTransferEngineFactory._registry:  # the module may be imported again in the same worker
-    WeightTransferEngineFactory.register_engine(BACKEND, WeightEngine)
+if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:  # the module may be imported again in the same worker
+    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, WeightEngine)
 
 
 class Requests(dict[str, Any]):
