@@ -45,8 +45,8 @@ from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
 from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.sync import WeightSender, save_checkpoint
+from megatron_dppo.weights.update import Transport
 
 
 @dataclass(frozen=True)

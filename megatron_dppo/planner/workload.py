@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_dppo.config import Config
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.update import Transport
 
 MEAN_RESPONSE = 0.5  # of rollout.max_response_tokens, for times; memory is planned for the longest
 MEAN_PROMPT = 0.25  # of data.max_prompt_tokens

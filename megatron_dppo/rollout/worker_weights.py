@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout.engine import GroupUpdate, Manifest
 from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import checked_tensors
 from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
+from megatron_dppo.weights.update import FileUpdate, GroupUpdate
 
 UNUSABLE = -1  # the version of weights that a failed update left half-written
 
@@ -109,7 +109,7 @@ class WorkerWeights:
     def receive(
         self, version: int, *, file: Mapping[str, Any] | None = None, group: Mapping[str, Any] | None = None
     ) -> None:
-        """Stages an update from a file, or takes one from a group (the fields of `engine.Update`).
+        """Stages an update from a file, or takes one from a group (the fields of `weights.update.Update`).
 
         Raises ValueError, with the model untouched, if it is incomplete or damaged; TransferError if bytes of a
         group do not come or are damaged, with the weights unusable.
@@ -117,13 +117,13 @@ class WorkerWeights:
         if self.staged is not None:
             raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
         if file is not None:
-            manifest = Manifest.from_json(file)
-            self.staged = self._stage(manifest)
-            self.fingerprints = Counter() if manifest.fingerprints else None
-        elif group is not None:
-            update = GroupUpdate(**group)
+            update = FileUpdate.from_json(file)
+            self.staged = self._stage(update)
             self.fingerprints = Counter() if update.fingerprints else None
-            self._take(update)
+        elif group is not None:
+            sent = GroupUpdate(**group)
+            self.fingerprints = Counter() if sent.fingerprints else None
+            self._take(sent)
             self.staged = Staged(version, {})
         else:
             raise ValueError(f"weight update: got neither file nor group for version {version}")
@@ -169,10 +169,10 @@ class WorkerWeights:
         of_tensors = {name: value % MODULUS for name, value in self.fingerprints.items()}
         return {"worker": self.worker, "fingerprints": of_tensors}
 
-    def _stage(self, manifest: Manifest) -> Staged:
+    def _stage(self, update: FileUpdate) -> Staged:
         shapes = {name: info.shape for name, info in self.tensors.items()}
         needed = {name for name, _, _ in self.reload.boxes}
-        return Staged(manifest.version, checked_tensors(manifest, shapes, needed=needed))
+        return Staged(update.version, checked_tensors(update, shapes, needed=needed))
 
     def _take(self, update: GroupUpdate) -> None:
         """Receives everything into the model, layer by layer: there is no memory to keep it elsewhere."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_dppo.control import get_bytes, put_bytes
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
+from megatron_dppo.weights.update import GroupUpdate
 
 CHECKSUM_BYTES = 8
 MOST_OVERHEAD_BYTES = 2 * CHECKSUM_BYTES  # of a message: padding and checksum
@@ -153,55 +154,40 @@ class Channel:
                 raise TransferError(f"channel {self.name}: {what}, at most {seconds:.0f} s: {error}") from None
 
 
-class Meeting(Protocol):
-    """The fields of `rollout.engine.GroupUpdate` that say who meets."""
-
-    @property
-    def generation(self) -> int: ...
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def instance(self) -> int: ...
-    @property
-    def instances(self) -> int: ...
-    @property
-    def timeout_s(self) -> float: ...
-    @property
-    def one_machine(self) -> bool: ...
-
-
-def join_as_rank(store: dist.Store, meeting: Meeting, rank: int, workers: int, device: torch.device) -> list[Channel]:
+def join_as_rank(
+    store: dist.Store, update: GroupUpdate, rank: int, workers: int, device: torch.device
+) -> list[Channel]:
     """A trainer rank's channels, one to each instance; waits for all ranks and all workers of every instance."""
-    kind = _kind(meeting)
+    kind = _kind(update)
     return [
-        kind(store, _engine(meeting, i), rank, meeting.ranks + workers, device, meeting.timeout_s)
-        for i in range(meeting.instances)
+        kind(store, _engine(update, i), rank, update.ranks + workers, device, update.timeout_s)
+        for i in range(update.instances)
     ]
 
 
 def join_as_worker(
-    store: dist.Store, meeting: Meeting, worker: int, workers: int, device: torch.device
+    store: dist.Store, update: GroupUpdate, worker: int, workers: int, device: torch.device
 ) -> tuple[Channel, Channel | None, Channel | None]:
     """A worker's channels: to the trainer, from the instance before and to the one behind (None: there is but one)."""
-    size, timeout_s, kind = meeting.ranks + workers, meeting.timeout_s, _kind(meeting)
-    own = kind(store, _engine(meeting, meeting.instance), meeting.ranks + worker, size, device, timeout_s)
+    size, timeout_s, kind = update.ranks + workers, update.timeout_s, _kind(update)
+    own = kind(store, _engine(update, update.instance), update.ranks + worker, size, device, timeout_s)
     before: dict[int, Channel] = {}
-    if meeting.instances > 1:
+    if update.instances > 1:
         # Opening waits for the other end: every instance opens its links in the order of their numbers.
-        for link in sorted({meeting.instance, (meeting.instance - 1) % meeting.instances}):
-            end = int(link != meeting.instance)
-            before[end] = kind(store, f"{meeting.generation}/link{link}/{worker}", end, 2, device, timeout_s)
+        for link in sorted({update.instance, (update.instance - 1) % update.instances}):
+            end = int(link != update.instance)
+            before[end] = kind(store, f"{update.generation}/link{link}/{worker}", end, 2, device, timeout_s)
     return own, before.get(1), before.get(0)
 
 
-def _kind(meeting: Meeting) -> type[Channel]:
+def _kind(update: GroupUpdate) -> type[Channel]:
     from megatron_dppo.weights.ipc import IpcChannel  # which is a Channel, too
 
-    return IpcChannel if meeting.one_machine else Channel
+    return IpcChannel if update.one_machine else Channel
 
 
-def _engine(meeting: Meeting, instance: int) -> str:
-    return f"{meeting.generation}/engine{instance}"
+def _engine(update: GroupUpdate, instance: int) -> str:
+    return f"{update.generation}/engine{instance}"
 
 
 def publish(store: dist.Store, plan: Plan) -> None:

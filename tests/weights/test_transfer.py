@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.weights import transfer
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.ipc import IpcChannel
@@ -32,6 +31,7 @@ from megatron_dppo.weights.transfer import (
     join_as_rank,
     join_as_worker,
 )
+from megatron_dppo.weights.update import GroupUpdate
 from tests.weights.architectures import ARCHITECTURES, SMALL
 
 CPU = torch.device("cpu")
