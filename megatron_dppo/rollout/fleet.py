@@ -234,7 +234,7 @@ class Fleet:
 
     async def _publish_layout(self, engine: RolloutEngine) -> str:
         """Leaves what the engine's workers keep for the ranks; returns its digest."""
-        workers = [[dataclasses.astuple(box) for box in boxes] for boxes in await engine.layout()]
+        workers = [[box.as_json() for box in boxes] for boxes in await engine.layout()]
         digest = hashlib.sha256(json.dumps(workers).encode()).hexdigest()
         if self._orders.control.peek(engine_layout_key(digest)) is None:
             self._orders.control.post(engine_layout_key(digest), {"workers": workers})

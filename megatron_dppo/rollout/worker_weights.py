@@ -23,7 +23,8 @@ from megatron_dppo.control import connect_store
 from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import checked_tensors
-from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
+from megatron_dppo.weights.layout import Box, Index
+from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker, published_share
 from megatron_dppo.weights.update import FileUpdate, GroupUpdate
 
 UNUSABLE = -1  # the version of weights that a failed update left half-written
@@ -49,7 +50,7 @@ def answering(method: Method) -> Method:
 class Reload(Protocol):
     """What a worker's model takes of the hub tensors, and the taking."""
 
-    boxes: list[tuple[str, Index, Index]]  # (tensor, start, stop) of what it keeps, each element once
+    boxes: list[Box]  # what it keeps, each element once
     whole: dict[str, str]  # tensors that it needs whole, and why
     unreached: list[str]  # parameters that no tensor reaches
 
@@ -136,9 +137,8 @@ class WorkerWeights:
         if staged.tensors:
             self.version = UNUSABLE  # until the last layer is in place
             self.reload.begin()
-            for name, start, stop in self.reload.boxes:
-                box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-                self._place(name, start, stop, staged.tensors[name][box].contiguous())
+            for box in self.reload.boxes:
+                self._place(box.tensor, box.start, box.stop, staged.tensors[box.tensor][box.hub_index].contiguous())
         self.reload.finish()
         self.version, self.updates = staged.version, self.updates + 1
 
@@ -147,13 +147,13 @@ class WorkerWeights:
         self.staged = None
 
     def layout(self) -> dict[str, Any]:
-        """What this worker (`worker`, its number) keeps: `boxes` as [tensor, start, stop]; `unread`, other tensors;
+        """What this worker (`worker`, its number) keeps: `boxes`, as JSON; `unread`, other tensors;
         `unreached`, parameters that none of them fills."""
         reload = self.reload
-        unread = self.tensors.keys() - {name for name, _, _ in reload.boxes}
+        unread = self.tensors.keys() - {box.tensor for box in reload.boxes}
         return {
             "worker": self.worker,
-            "boxes": reload.boxes,
+            "boxes": [box.as_json() for box in reload.boxes],
             "unread": sorted(unread),
             "unreached": reload.unreached,
         }
@@ -171,7 +171,7 @@ class WorkerWeights:
 
     def _stage(self, update: FileUpdate) -> Staged:
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        needed = {name for name, _, _ in self.reload.boxes}
+        needed = {box.tensor for box in self.reload.boxes}
         return Staged(update.version, checked_tensors(update, shapes, needed=needed))
 
     def _take(self, update: GroupUpdate) -> None:

@@ -8,7 +8,6 @@ noted: such tensors are named, with the operation, and have to go through the lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.layout import Box, Index
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Copy:
     where it has extent 1.
     """
 
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
+    start: Index
+    stop: Index
     axes: tuple[int | None, ...]
     target: int
     size: tuple[int, ...]
@@ -56,16 +56,16 @@ class Recording:
     copies: dict[str, list[Copy]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
 
-    def boxes(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-        """(tensor, start, stop): what is read of the tensors that could be followed; none inside another."""
+    def boxes(self) -> Iterator[Box]:
+        """What is read of the tensors that could be followed; none inside another."""
         for name, copies in self.copies.items():
             if name in self.whole:
                 continue
-            kept: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-            for start, stop in sorted({(c.start, c.stop) for c in copies}, key=_volume, reverse=True):
-                if not any(_contains(box, (start, stop)) for box in kept):
-                    kept.append((start, stop))
-            yield from ((name, *box) for box in sorted(kept))
+            kept: list[Box] = []
+            for box in sorted({Box(name, c.start, c.stop) for c in copies}, key=lambda box: box.numel, reverse=True):
+                if not any(_contains(larger, box) for larger in kept):
+                    kept.append(box)
+            yield from sorted(kept, key=lambda box: (box.start, box.stop))
 
 
 def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping[str, TensorInfo]) -> Recording:
@@ -80,7 +80,7 @@ def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping
     return recording
 
 
-def steps(copies: Iterable[Copy], start: tuple[int, ...], stop: tuple[int, ...]) -> Iterator[Step]:
+def steps(copies: Iterable[Copy], start: Index, stop: Index) -> Iterator[Step]:
     """How the part `start .. stop` of a hub tensor, contiguous, is copied to wherever its elements go; `copies` are
     the tensor's."""
     part_stride = _contiguous_stride([b - a for a, b in zip(start, stop, strict=True)])
@@ -182,9 +182,7 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _box(
-    view: Tensor, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]] | None:
+def _box(view: Tensor, shape: tuple[int, ...]) -> tuple[Index, Index, tuple[int | None, ...]] | None:
     """The box that a view of a contiguous tensor covers and the axis of each of its dimensions; None: not a box."""
     whole = _contiguous_stride(shape)
     start, rest = [], int(view.storage_offset())
@@ -213,11 +211,7 @@ def _contiguous_stride(shape: Iterable[int]) -> list[int]:
     return strides[::-1]
 
 
-def _contains(outer: tuple[tuple[int, ...], ...], inner: tuple[tuple[int, ...], ...]) -> bool:
-    return all(a <= b for a, b in zip(outer[0], inner[0], strict=True)) and all(
-        a >= b for a, b in zip(outer[1], inner[1], strict=True)
+def _contains(outer: Box, inner: Box) -> bool:
+    return all(a <= b for a, b in zip(outer.start, inner.start, strict=True)) and all(
+        a >= b for a, b in zip(outer.stop, inner.stop, strict=True)
     )
-
-
-def _volume(box: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
-    return math.prod(b - a for a, b in zip(*box, strict=True))

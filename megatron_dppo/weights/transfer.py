@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.control import get_bytes, put_bytes
+from megatron_dppo.weights.layout import Box, Index
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
 from megatron_dppo.weights.update import GroupUpdate
 
 CHECKSUM_BYTES = 8
 MOST_OVERHEAD_BYTES = 2 * CHECKSUM_BYTES  # of a message: padding and checksum
-Index = tuple[int, ...]
 # (tensor, start, stop of the part, its numbers)
 Place = Callable[[str, Index, Index, Tensor], None]
 
@@ -206,24 +206,25 @@ def _share_key(digest: str, worker: int) -> str:
     return f"plan/{digest}/{worker}"
 
 
-def check_share(plan: Plan, boxes: Iterable[tuple[str, Index, Index]]) -> None:
+def check_share(plan: Plan, boxes: Iterable[Box]) -> None:
     """Raises ValueError unless a worker's share of a plan is what the worker keeps, every element of it once."""
-    kept: dict[str, list[tuple[Index, Index]]] = {}
-    for tensor, start, stop in boxes:
-        kept.setdefault(tensor, []).append(((*start, 0)[:2], (*stop, 1)[:2]))
+    kept: dict[str, list[Box]] = {}
+    for box in boxes:
+        kept.setdefault(box.tensor, []).append(Box(box.tensor, (*box.start, 0)[:2], (*box.stop, 1)[:2]))
     sent = dict.fromkeys(kept, 0)
     for tensor, start, stop in zip(plan.tensor.tolist(), plan.start.tolist(), plan.stop.tolist(), strict=True):
         name = plan.tensors[tensor]
-        if not any(_inside(start, stop, *box) for box in kept.get(name, ())):
+        if not any(_inside(start, stop, box) for box in kept.get(name, ())):
             raise ValueError(f"weight update: the plan sends {name} {start} to {stop}, which this worker does not keep")
         sent[name] += math.prod(b - a for a, b in zip(start, stop, strict=True))
     for name, found in kept.items():
-        expected = sum(math.prod(b - a for a, b in zip(*box, strict=True)) for box in found)
+        expected = sum(box.numel for box in found)
         if sent[name] != expected:
             raise ValueError(f"weight update: the plan sends {sent[name]} elements of {name}, expected {expected}")
 
 
-def _inside(start: Sequence[int], stop: Sequence[int], low: Index, high: Index) -> bool:
+def _inside(start: Sequence[int], stop: Sequence[int], box: Box) -> bool:
+    low, high = box.start, box.stop
     return low[0] <= start[0] and low[1] <= start[1] and stop[0] <= high[0] and stop[1] <= high[1]
 
 

@@ -49,9 +49,9 @@ class Fused(nn.Module):
 
 def place(reload: Reload, numbers: dict[str, Tensor], *, but: str = "") -> None:
     reload.begin()
-    for name, start, stop in reload.boxes:
-        if name != but:
-            reload.place(name, start, stop, numbers[name][tuple(map(slice, start, stop))].contiguous())
+    for box in reload.boxes:
+        if box.tensor != but:
+            reload.place(box.tensor, box.start, box.stop, numbers[box.tensor][box.hub_index].contiguous())
 
 
 def test_an_update_makes_what_the_loaders_make() -> None:
@@ -59,7 +59,7 @@ def test_an_update_makes_what_the_loaders_make() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     reload = Reload(model, TENSORS)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # followed, not called
-    assert reload.whole.keys() == {"q_a", "kv_a"} and {name for name, _, _ in reload.boxes} == set(SHAPES) - {"dropped"}
+    assert reload.whole.keys() == {"q_a", "kv_a"} and {box.tensor for box in reload.boxes} == set(SHAPES) - {"dropped"}
 
     numbers = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     expected.load_weights(numbers.items())

@@ -83,7 +83,7 @@ class Job:
 
         def worker(instance: int, number: int) -> list[dict[str, Tensor]]:
             plan = Plan.from_bytes(self.plan.select(dst=number).to_bytes())
-            check_share(plan, [(box.tensor, box.start, box.stop) for box in self.boxes[number]])
+            check_share(plan, self.boxes[number])
             channels = join_as_worker(store, meeting(instance), number, workers, CPU)
             receiver = Receiver(plan, number, instance, *channels)
             assert receiver.staging_bytes <= 2 * (BUCKET_BYTES + 16 * ranks)
@@ -180,13 +180,12 @@ def test_a_plan_travels_unchanged() -> None:
 
 def test_a_plan_for_other_boxes_is_refused() -> None:
     job = Job(SMALL, Parallel(), EngineParallel(tensor=2), 1)
-    boxes = [[(box.tensor, box.start, box.stop) for box in worker] for worker in job.boxes]
     share = job.plan.select(dst=0)
-    check_share(share, boxes[0])
+    check_share(share, job.boxes[0])
     with pytest.raises(ValueError, match=r"the plan sends model.embed_tokens.weight \[0, 0\] to .* does not keep"):
-        check_share(share, boxes[1])
+        check_share(share, job.boxes[1])
     with pytest.raises(ValueError, match="the plan sends 0 elements of more, expected 6"):
-        check_share(share, [*boxes[0], ("more", (0,), (6,))])
+        check_share(share, [*job.boxes[0], Box("more", (0,), (6,))])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.layout import Box, Index
 from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
-from megatron_dppo.weights.transfer import Index
-
-Box = tuple[str, Index, Index]
 
 
 class Reload:
@@ -36,16 +34,16 @@ class Reload:
         names = {storage_of(parameter.data): name for name, parameter in parameters.items()}
         self.unreached = _unreached(recording, names)
         self.whole = recording.whole
-        self.boxes: list[Box] = list(recording.boxes())
+        self.boxes = list(recording.boxes())
         self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
         self._names = names
         self._steps: dict[Box, list[Step]] = {}
         self._expected = sum(
             math.prod(step.size)
-            for name, start, stop in self.boxes
-            for step in steps(self._copies[name], start, stop)
+            for box in self.boxes
+            for step in steps(self._copies[box.tensor], box.start, box.stop)
         )  # fmt: skip
-        self.boxes += [(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
+        self.boxes += [Box(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
         self._whole: dict[str, Tensor] = {}
         self._left = 0
         self._parameters: dict[str, Tensor] = {}
@@ -61,7 +59,7 @@ class Reload:
         if tensor in self.whole:
             self._whole[tensor] = part.clone()
             return
-        key = (tensor, start, stop)
+        key = Box(tensor, start, stop)
         if key not in self._steps:
             self._steps[key] = list(steps(self._copies[tensor], start, stop))
         for step in self._steps[key]:

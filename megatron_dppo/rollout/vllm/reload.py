@@ -23,17 +23,16 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 from megatron_dppo.rollout.vllm import cpu as vllm_cpu
 from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.layout import Box, Index
 from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
 
-Index = tuple[int, ...]
-Box = tuple[str, Index, Index]
 NEVER = -(1 << 60)  # elements loaded so far, while recording: no layer is ever complete
 
 
 class Reload:
     """What one worker's model takes of the hub tensors, and the taking.
 
-    `boxes`: (tensor, start, stop) of what it keeps, each element once; all of a tensor in `whole` (name -> why).
+    `boxes`: what it keeps, each element once; all of a tensor in `whole` (name -> why).
     """
 
     def __init__(self, model: Any, model_config: Any, tensors: Mapping[str, TensorInfo]) -> None:
@@ -62,13 +61,13 @@ class Reload:
         _widen_whole(recording, {target: module for target, (module, _) in owners.items()})
         self.whole = recording.whole
         self.unreached: list[str] = []  # vLLM does not start with such a parameter
-        self.boxes: list[Box] = list(recording.boxes())
+        self.boxes = list(recording.boxes())
         self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
         self._owners = owners
         self._steps: dict[Box, list[Step]] = {}
         expected: Counter[int] = Counter()  # elements that arrive for each parameter
-        for name, start, stop in self.boxes:
-            for step in steps(self._copies[name], start, stop):
+        for box in self.boxes:
+            for step in steps(self._copies[box.tensor], box.start, box.stop):
                 expected[step.target] += math.prod(step.size)
         self._expected: Counter[nn.Module] = Counter()
         self._padded: dict[nn.Module, list[str]] = {}  # parameters with elements that are in no box: zero
@@ -77,7 +76,7 @@ class Reload:
             self._expected[module] += count
             if count < getattr(module, name).numel():
                 self._padded.setdefault(module, []).append(name)
-        self.boxes += [(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
+        self.boxes += [Box(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
 
     def begin(self) -> None:
         """Starts an update; the model cannot compute until `finish`. May follow an update that was not finished."""
@@ -93,7 +92,7 @@ class Reload:
         if tensor in self.whole:
             self._model.load_weights([(tensor, part.clone())])
             return
-        key = (tensor, start, stop)
+        key = Box(tensor, start, stop)
         if key not in self._steps:
             self._steps[key] = list(steps(self._copies[tensor], start, stop))
         for step in self._steps[key]:
