@@ -15,12 +15,13 @@ from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.control import Control, connect_store, engine_layout_key, meeting_key
+from megatron_dppo.weights.channels import TransferError
 from megatron_dppo.weights.checkpoint import carry_description
 from megatron_dppo.weights.image import create_image, file_update_of, image_tensors, write_image
 from megatron_dppo.weights.layout import Box, Piece
 from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import sync_plan
-from megatron_dppo.weights.transfer import Sender, TransferError, join_as_rank, publish
+from megatron_dppo.weights.transfer import Sender, join_as_rank, publish
 from megatron_dppo.weights.update import GroupUpdate
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.control import get_bytes, put_bytes
+from megatron_dppo.weights.channels import Channel, GroupChannel, TransferError, finish
+from megatron_dppo.weights.ipc import IpcChannel
 from megatron_dppo.weights.layout import Box, Index
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
 from megatron_dppo.weights.update import GroupUpdate
@@ -27,10 +28,6 @@ CHECKSUM_BYTES = 8
 MOST_OVERHEAD_BYTES = 2 * CHECKSUM_BYTES  # of a message: padding and checksum
 # (tensor, start, stop of the part, its numbers)
 Place = Callable[[str, Index, Index, Tensor], None]
-
-
-class TransferError(RuntimeError):
-    """Bytes did not arrive, or not as they were sent; what was to receive them is in no usable state."""
 
 
 @dataclass(frozen=True)
@@ -98,62 +95,6 @@ def _message(plan: Plan, dtypes: Sequence[torch.dtype], nbytes: Any, rows: Any) 
     return Message(int(plan.src_rank[rows[0]]), int(plan.dst[rows[0]]), parts, payload + CHECKSUM_BYTES)
 
 
-class Channel:
-    """Bytes between the `size` processes that open a channel of the same name: NCCL on a GPU, gloo elsewhere.
-
-    Opening waits for all of them (over NCCL the first message between two does). Raises TransferError where somebody
-    does not come, or stays silent, in `timeout_s`.
-    """
-
-    def __init__(
-        self, store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float
-    ) -> None:
-        self.name, self.rank, self.device = name, rank, device
-        self._timeout = timedelta(seconds=timeout_s)
-        prefixed = dist.PrefixStore(name, store)
-        try:
-            if device.type == "cuda":
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = self._timeout
-                self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
-            else:
-                self._group = dist.ProcessGroupGloo(prefixed, rank, size, self._timeout)
-        except RuntimeError as error:
-            raise TransferError(
-                f"channel {name}: {size} processes did not meet in {timeout_s:.0f} s: {error}"
-            ) from None
-
-    def allocate(self, nbytes: int) -> Tensor:
-        """uint8, a buffer that can be sent from."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def register(self, buffers: Sequence[Tensor]) -> None:
-        """Before anything is sent from buffers of `allocate`, of this channel or another of the same process."""
-
-    def send(self, data: Tensor, to: int, tag: int) -> Any:
-        """Starts sending; `data` must stay as it is until `finish`."""
-        try:
-            return self._group.send([data], to, tag)
-        except RuntimeError as error:  # at once, where the other end is known to be gone
-            raise TransferError(f"channel {self.name}: sending to {to}: {error}") from None
-
-    def receive(self, data: Tensor, source: int, tag: int) -> Any:
-        """Starts receiving into `data`."""
-        try:
-            return self._group.recv([data], source, tag)
-        except RuntimeError as error:
-            raise TransferError(f"channel {self.name}: receiving from {source}: {error}") from None
-
-    def finish(self, works: Sequence[Any], what: str) -> None:
-        """Waits for what was started."""
-        for work in works:
-            try:
-                work.wait(self._timeout)
-            except RuntimeError as error:
-                seconds = self._timeout.total_seconds()
-                raise TransferError(f"channel {self.name}: {what}, at most {seconds:.0f} s: {error}") from None
-
-
 def join_as_rank(
     store: dist.Store, update: GroupUpdate, rank: int, workers: int, device: torch.device
 ) -> list[Channel]:
@@ -180,10 +121,8 @@ def join_as_worker(
     return own, before.get(1), before.get(0)
 
 
-def _kind(update: GroupUpdate) -> type[Channel]:
-    from megatron_dppo.weights.ipc import IpcChannel  # which is a Channel, too
-
-    return IpcChannel if update.one_machine else Channel
+def _kind(update: GroupUpdate) -> type[GroupChannel] | type[IpcChannel]:
+    return IpcChannel if update.one_machine else GroupChannel
 
 
 def _engine(update: GroupUpdate, instance: int) -> str:
@@ -253,7 +192,7 @@ class Sender:
         in_flight: list[list[tuple[Channel, Any, int]]] = []
         for number, wave in enumerate(self._waves):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
-                _finish(in_flight.pop(0))
+                _finish_wave(in_flight.pop(0))
             staging = self._staging[number % BUCKETS_IN_FLIGHT]
             started = []
             for (bucket, message), (_, buffer) in zip(wave, _laid_out([m for _, m in wave], staging), strict=True):
@@ -262,7 +201,7 @@ class Sender:
                 started.append((channel, channel.send(buffer, self._ranks + message.dst, bucket), bucket))
             in_flight.append(started)
         for wave_in_flight in in_flight:
-            _finish(wave_in_flight)
+            _finish_wave(wave_in_flight)
 
 
 class Receiver:
@@ -297,14 +236,14 @@ class Receiver:
         started = [self._start(bucket) for bucket in range(min(BUCKETS_IN_FLIGHT, len(self._buckets)))]
         for bucket, sent in enumerate(self._buckets):
             channel, works = started[bucket]
-            channel.finish(works, f"receiving bucket {bucket}")
+            finish(channel, works, f"receiving bucket {bucket}")
             passed_on = self._pass_on(bucket)
             for message, buffer in _laid_out(sent, self._staging[bucket % BUCKETS_IN_FLIGHT]):
                 _check(message, buffer, bucket)
                 for part in message.parts:
                     place(part.tensor, part.start, part.stop, part.of(buffer))
             if passed_on and self._following:
-                self._following.finish(passed_on, f"passing on bucket {bucket}")
+                finish(self._following, passed_on, f"passing on bucket {bucket}")
             if bucket + BUCKETS_IN_FLIGHT < len(self._buckets):
                 started.append(self._start(bucket + BUCKETS_IN_FLIGHT))
 
@@ -324,9 +263,9 @@ class Receiver:
         return [self._following.send(self._staging[bucket % BUCKETS_IN_FLIGHT][:used], 1, bucket)]
 
 
-def _finish(started: Sequence[tuple[Channel, Any, int]]) -> None:
+def _finish_wave(started: Sequence[tuple[Channel, Any, int]]) -> None:
     for channel, work, bucket in started:
-        channel.finish([work], f"sending bucket {bucket}")
+        finish(channel, [work], f"sending bucket {bucket}")
 
 
 def _waves(buckets: Sequence[Sequence[Message]], most: int) -> list[list[tuple[int, Message]]]:

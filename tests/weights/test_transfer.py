@@ -17,16 +17,15 @@ from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.weights import transfer
+from megatron_dppo.weights.channels import GroupChannel, TransferError
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.ipc import IpcChannel
 from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import Plan, sync_plan
 from megatron_dppo.weights.transfer import (
-    Channel,
     Receiver,
     Sender,
-    TransferError,
     check_share,
     join_as_rank,
     join_as_worker,
@@ -154,8 +153,8 @@ def test_a_damaged_message_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         job.run(hub_numbers(SMALL, 0))
 
 
-@pytest.mark.parametrize("kind", [Channel, IpcChannel])
-def test_who_stays_silent_is_named(kind: type[Channel]) -> None:
+@pytest.mark.parametrize("kind", [GroupChannel, IpcChannel])
+def test_who_stays_silent_is_named(kind: type[GroupChannel] | type[IpcChannel]) -> None:
     store = dist.HashStore()
     plan = Job(SMALL, Parallel(), EngineParallel(), 1).plan
     with ThreadPoolExecutor(2) as pool:
@@ -164,8 +163,8 @@ def test_who_stays_silent_is_named(kind: type[Channel]) -> None:
         Receiver(plan, 0, 0, ends[1]).receive(lambda *_: None)
 
 
-@pytest.mark.parametrize("kind", [Channel, IpcChannel])
-def test_who_does_not_come_is_named(kind: type[Channel]) -> None:
+@pytest.mark.parametrize("kind", [GroupChannel, IpcChannel])
+def test_who_does_not_come_is_named(kind: type[GroupChannel] | type[IpcChannel]) -> None:
     with pytest.raises(TransferError, match="channel alone: 2 processes did not meet in 1 s"):
         kind(dist.HashStore(), "alone", 0, 2, CPU, 1.0)
 
