@@ -51,7 +51,7 @@ class Reload(Protocol):
     """What a worker's model takes of the hub tensors, and the taking."""
 
     boxes: list[Box]  # what it keeps, each element once
-    whole: dict[str, str]  # tensors that it needs whole, and why
+    whole: dict[str, str]  # tensors that it needs whole, and why: all of them in `boxes`
     unreached: list[str]  # parameters that no tensor reaches
 
     def begin(self) -> None:

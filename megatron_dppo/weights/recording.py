@@ -8,6 +8,8 @@ noted: such tensors are named, with the operation, and have to go through the lo
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,11 @@ class Step:
     from_stride: tuple[int, ...]
     from_offset: int
 
+    @property
+    def numel(self) -> int:
+        """Elements that it copies."""
+        return math.prod(self.size)
+
 
 @dataclass
 class Recording:
@@ -74,7 +81,7 @@ def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping
 
     def recorded(name: str, info: TensorInfo) -> Tensor:
         whole = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        return _Recorded.of(_Source(name, info.shape, recording), whole)
+        return _RecordedTensor.of(_Source(name, info.shape, recording), whole)
 
     load((name, recorded(name, info)) for name, info in tensors.items())
     return recording
@@ -100,6 +107,31 @@ def steps(copies: Iterable[Copy], start: Index, stop: Index) -> Iterator[Step]:
         )
 
 
+class Recorded:
+    """A recording as it is repeated.
+
+    `boxes`: what is kept of the hub's tensors, each element once; all of a tensor in `whole` (name -> why). `expected`:
+    by target, the elements that come to it from the others.
+    """
+
+    def __init__(self, recording: Recording, tensors: Mapping[str, TensorInfo]) -> None:
+        self.whole = recording.whole
+        self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
+        self._steps: dict[Box, list[Step]] = {}
+        self.boxes = list(recording.boxes())
+        self.expected: Counter[int] = Counter()
+        for box in self.boxes:
+            for step in steps(self._copies[box.tensor], box.start, box.stop):
+                self.expected[step.target] += step.numel
+        self.boxes += [Box(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
+
+    def steps_of(self, part: Box) -> list[Step]:
+        """Of a part of one of `boxes`, but for tensors in `whole`; worked out once."""
+        if part not in self._steps:
+            self._steps[part] = list(steps(self._copies[part.tensor], part.start, part.stop))
+        return self._steps[part]
+
+
 def apply_step(step: Step, part: Tensor, storage: Tensor) -> None:
     """Does one copy; `part` and `storage` are flat."""
     source = part.as_strided(step.size, step.from_stride, part.storage_offset() + step.from_offset)
@@ -118,7 +150,7 @@ class _Source:
         self.recording.whole.setdefault(self.name, f"its loader {why}")
 
 
-class _Recorded(Tensor):
+class _RecordedTensor(Tensor):
     """A hub tensor without numbers, or a view of it."""
 
     source: _Source
@@ -127,12 +159,12 @@ class _Recorded(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(source: _Source, view: Tensor) -> _Recorded:
+    def of(source: _Source, view: Tensor) -> _RecordedTensor:
         wrapped = Tensor._make_wrapper_subclass(
-            _Recorded, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype,
+            _RecordedTensor, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype,
             device=torch.get_default_device(),
         )  # fmt: skip
-        assert isinstance(wrapped, _Recorded)
+        assert isinstance(wrapped, _RecordedTensor)
         wrapped.source, wrapped.on_meta = source, view
         return wrapped
 
