@@ -280,7 +280,7 @@ def verify(
     """Compare two checkpoints bit by bit; exit code 1 where they differ."""
     from itertools import islice
 
-    from megatron_dppo.weights.checkpoint import open_checkpoint
+    from megatron_dppo.weights.megatron_files import open_checkpoint
     from megatron_dppo.weights.verify import differences
 
     with _user_errors("verify"):

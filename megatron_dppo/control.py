@@ -52,7 +52,7 @@ def engine_layout_key(digest: str) -> str:
 
 
 def meeting_key(generation: int) -> str:
-    """Rank 0 to client: how engines meet the ranks of `generation` (an `engine.GroupUpdate`)."""
+    """Rank 0 to client: how engines meet the ranks of `generation` (a `weights.update.GroupUpdate`)."""
     return f"meeting/{generation}"
 
 

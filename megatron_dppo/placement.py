@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from megatron_dppo.config import ClusterConfig, Config, RolloutConfig
-    from megatron_dppo.rollout.engine import Transport
+    from megatron_dppo.weights.update import Transport
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", socket.gethostname())
 SHARED_GPU_MEMORY = 0.4  # of a GPU, for an engine that shares it with a rank

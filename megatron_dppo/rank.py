@@ -16,8 +16,8 @@ from megatron_dppo.backend.parallel import Rank, initialise_parallel
 from megatron_dppo.config import Config
 from megatron_dppo.control import SHARED_VARIABLE, Control
 from megatron_dppo.head.policy_head import HeadMemory
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.sync import FileSender, GroupSender, Held, WeightSender
+from megatron_dppo.weights.update import Transport
 
 
 def join_job(config: Config) -> Rank:

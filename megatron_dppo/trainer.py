@@ -38,9 +38,10 @@ from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.head.rows import to_device
 from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.step_metrics import KL_REFERENCE, Native, native_sums, step_metrics
-from megatron_dppo.weights.sync import WeightSender, save_checkpoint
+from megatron_dppo.weights.export import export_model
+from megatron_dppo.weights.sync import WeightSender
+from megatron_dppo.weights.update import Transport
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def main(config: Config) -> None:
     for sender in trainer.senders.values():
         sender.close()
     if complete:
-        save_checkpoint(model.held, config.model.path, config.run.dir / "model")
+        export_model(model.held, config.model.path, config.run.dir / "model")
     finalise_parallel()
 
 

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.weights.checkpoint import open_checkpoint
 from megatron_dppo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_dppo.weights.hub_files import INDEX_FILE, TensorInfo, header_bytes
 from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.megatron_files import open_checkpoint
 from megatron_dppo.weights.verify import differences
 
 GIB = 1 << 30

@@ -36,7 +36,6 @@ from torch import Tensor
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.control import connect_store
 from megatron_dppo.job.processes import free_port, start
-from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.vllm.server import server_command, server_env
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, header_bytes, typed
@@ -44,6 +43,7 @@ from megatron_dppo.weights.layout import Box, Parallel, megatron_layout, paramet
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import sync_plan
 from megatron_dppo.weights.transfer import MOST_OVERHEAD_BYTES, Sender, join_as_rank, messages, publish
+from megatron_dppo.weights.update import GroupUpdate
 
 TRAINER = Parallel(tensor=2, expert=2, ranks=2)
 WORKERS = 2

@@ -15,6 +15,7 @@ from megatron_dppo.rollout.vllm import cpu as vllm_cpu
 from megatron_dppo.rollout.vllm.worker import WorkerExtension
 from megatron_dppo.rollout.worker_weights import answering
 from megatron_dppo.weights.hub_files import typed
+from megatron_dppo.weights.layout import Box
 
 
 class BenchExtension(WorkerExtension):
@@ -29,9 +30,9 @@ class BenchExtension(WorkerExtension):
             size = self.weight_transfer_engine.parallel_config.world_size + 1
             prefixed = dist.PrefixStore(name, store)
             self._bench_group: Any = dist.ProcessGroupGloo(prefixed, weights.worker + 1, size, TIMEOUT)
-        boxes: dict[str, list[Any]] = {}
-        for tensor, start, stop in weights.reload.boxes:
-            boxes.setdefault(tensor, []).append((start, stop))
+        boxes: dict[str, list[Box]] = {}
+        for box in weights.reload.boxes:
+            boxes.setdefault(box.tensor, []).append(box)
         weights.reload.begin()
         for bucket in buckets_of(weights.tensors, bucket_bytes):
             last, at = bucket[-1]
@@ -39,9 +40,8 @@ class BenchExtension(WorkerExtension):
             self._bench_group.broadcast(buffer, 0).wait()
             for tensor, at in bucket:
                 whole = typed(buffer[at:], weights.tensors[tensor].dtype, weights.tensors[tensor].shape)
-                for low, high in boxes.get(tensor, ()):
-                    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-                    weights.reload.place(tensor, low, high, whole[box].contiguous())
+                for box in boxes.get(tensor, ()):
+                    weights.reload.place(tensor, box.start, box.stop, whole[box.hub_index].contiguous())
         weights.reload.finish()
         return {}
 

@@ -97,7 +97,7 @@ def train_rank(model_path: Path, seed: int) -> None:
     from megatron_dppo.backend.optimizer import Optimizer, OptimizerSettings
     from megatron_dppo.backend.parallel import finalise_parallel, initialise_parallel
     from megatron_dppo.backend.step import loss_pass
-    from megatron_dppo.weights.sync import save_checkpoint
+    from megatron_dppo.weights.export import export_model
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -122,7 +122,7 @@ def train_rank(model_path: Path, seed: int) -> None:
         optimizer.step(watch={"the loss": sums["loss"]})
         if rank.rank == 0 and (iteration + 1) % 100 == 0:
             print(f"iteration {iteration + 1}: loss {float(sums['loss'] / sums['count']):.4f}", flush=True)
-    save_checkpoint(model.held, model_path, model_path)
+    export_model(model.held, model_path, model_path)
     finalise_parallel()
 
 

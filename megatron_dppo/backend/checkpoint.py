@@ -25,8 +25,9 @@ from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
 from megatron_dppo.backend.optimizer_state import state_to_load, state_to_save
 from megatron_dppo.checkpoints import DESCRIPTION, QUEUE, TrainingState, queue_path
-from megatron_dppo.weights.checkpoint import CARRIED, carry_description
 from megatron_dppo.weights.global_tensors import content_metadata, default_scheme
+from megatron_dppo.weights.hub_files import carry_description
+from megatron_dppo.weights.megatron_files import CARRIED
 
 # The one format in which a distributed optimizer's state can be read at any other layout.
 RESHARDABLE = {

@@ -34,8 +34,7 @@ from megatron_dppo.backend.replay import install_replay
 from megatron_dppo.backend.rope import llama3_inverse_frequencies
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.head.statistics import VocabShard
-from megatron_dppo.weights.checkpoint import check_tensors
-from megatron_dppo.weights.hub_files import HubFiles
+from megatron_dppo.weights.hub_files import HubFiles, check_tensors
 from megatron_dppo.weights.layout import (
     Parallel,
     Piece,

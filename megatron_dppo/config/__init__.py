@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from megatron_dppo.rollout.engine import Transport
 from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.update import Transport
 
 if TYPE_CHECKING:
     from megatron_dppo.algorithm.objectives import Objective

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config.file_rules import few
 from megatron_dppo.placement import is_local
-from megatron_dppo.rollout.engine import UPDATE_DTYPES
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout, indivisible
+from megatron_dppo.weights.update import UPDATE_DTYPES
 
 if TYPE_CHECKING:
     from megatron_dppo.config import ClusterConfig, ModelConfig, RolloutConfig, SyncConfig

@@ -26,13 +26,10 @@ from megatron_dppo.rollout.engine import (
     EngineNotReady,
     EngineRestarted,
     EngineUnreachable,
-    GroupUpdate,
-    Manifest,
     RolloutEngine,
     Sampling,
-    Transport,
-    Update,
 )
+from megatron_dppo.weights.update import FileUpdate, GroupUpdate, Transport, Update
 
 Failures = dict[RolloutEngine, EngineError]
 POLL_S = 1.0
@@ -170,8 +167,8 @@ class Fleet:
 
     async def _send_by_file(self, engines: Sequence[RolloutEngine]) -> Failures:
         reply = await self._orders.do({"do": "send", "transport": self._transport})
-        manifest = dataclasses.replace(Manifest.from_json(reply["file"]), fingerprints=self._fingerprints)
-        return await _each(engines, lambda engine: self._take(engine, manifest))
+        update = dataclasses.replace(FileUpdate.from_json(reply["file"]), fingerprints=self._fingerprints)
+        return await _each(engines, lambda engine: self._take(engine, update))
 
     async def _send_by_group(self, engines: Sequence[RolloutEngine]) -> Failures:
         if self._met != engines and (failures := await self._introduce(engines)):
@@ -232,12 +229,12 @@ class Fleet:
         return await taking
 
     async def _take(self, engine: RolloutEngine, update: Update) -> None:
-        await engine.begin_update(update.version, update)
+        await engine.begin_update(update)
         await engine.commit()  # asks the engine for its version, too
 
     async def _publish_layout(self, engine: RolloutEngine) -> str:
         """Leaves what the engine's workers keep for the ranks; returns its digest."""
-        workers = [[dataclasses.astuple(box) for box in boxes] for boxes in await engine.layout()]
+        workers = [[box.as_json() for box in boxes] for boxes in await engine.layout()]
         digest = hashlib.sha256(json.dumps(workers).encode()).hexdigest()
         if self._orders.control.peek(engine_layout_key(digest)) is None:
             self._orders.control.post(engine_layout_key(digest), {"workers": workers})

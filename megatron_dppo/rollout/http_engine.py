@@ -19,18 +19,11 @@ from uuid import uuid4
 
 from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.answers import room_for_response
-from megatron_dppo.rollout.engine import (
-    Capabilities,
-    EngineError,
-    EngineNotReady,
-    EngineRestarted,
-    PauseMode,
-    Sampling,
-    Update,
-)
+from megatron_dppo.rollout.engine import Capabilities, EngineError, EngineNotReady, EngineRestarted, PauseMode, Sampling
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.weights.fingerprint import MODULUS
 from megatron_dppo.weights.layout import Box
+from megatron_dppo.weights.update import Update
 
 State = Literal["ready", "paused", "updating", "unusable"]
 ABORT_POLL_S = 0.2
@@ -341,9 +334,7 @@ class HttpEngine(abc.ABC):
 
     # ---- weights ----
 
-    async def begin_update(self, version: int, update: Update) -> None:
-        if version != update.version:
-            raise ValueError(f"begin_update: got version {version}, expected the update's {update.version}")
+    async def begin_update(self, update: Update) -> None:
         await self.capabilities()
         if self._in_flight and not self._held:
             raise EngineError(self.url, f"update refused: {self._in_flight} requests in flight, expected pause() first")
@@ -361,7 +352,7 @@ class HttpEngine(abc.ABC):
             if self._state == "unusable":
                 self._open.set()  # who waits for held requests to go on learns that they do not
             raise
-        self._staged_version = version
+        self._staged_version = update.version
 
     async def commit(self) -> None:
         if self._staged_version is None:

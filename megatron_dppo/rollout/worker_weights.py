@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout.engine import UNUSABLE, GroupUpdate, Manifest
 from megatron_dppo.weights.fingerprint import MODULUS, box_fingerprint
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo
 from megatron_dppo.weights.image import checked_tensors
-from megatron_dppo.weights.transfer import Index, Receiver, check_share, join_as_worker, published_share
+from megatron_dppo.weights.layout import Box, Index
+from megatron_dppo.weights.transfer import Receiver, check_share, join_as_worker, published_share
+from megatron_dppo.weights.update import UNUSABLE, FileUpdate, GroupUpdate
 
 Method = Callable[..., dict[str, Any]]
 
@@ -47,8 +48,8 @@ def answering(method: Method) -> Method:
 class Reload(Protocol):
     """What a worker's model takes of the hub tensors, and the taking."""
 
-    boxes: list[tuple[str, Index, Index]]  # (tensor, start, stop) of what it keeps, each element once
-    whole: dict[str, str]  # tensors that it needs whole, and why
+    boxes: list[Box]  # what it keeps, each element once
+    whole: dict[str, str]  # tensors that it needs whole, and why: all of them in `boxes`
     unreached: list[str]  # parameters that no tensor reaches
 
     def begin(self) -> None:
@@ -107,7 +108,7 @@ class WorkerWeights:
     def receive(
         self, version: int, *, file: Mapping[str, Any] | None = None, group: Mapping[str, Any] | None = None
     ) -> None:
-        """Stages an update from a file, or takes one from a group (the fields of `engine.Update`).
+        """Stages an update from a file, or takes one from a group (the fields of `weights.update.Update`).
 
         Raises ValueError, with the model untouched, if it is incomplete or damaged; TransferError if bytes of a
         group do not come or are damaged, with the weights unusable.
@@ -115,13 +116,13 @@ class WorkerWeights:
         if self.staged is not None:
             raise ValueError(f"weight update: got a second payload for version {self.staged.version}, expected one")
         if file is not None:
-            manifest = Manifest.from_json(file)
-            self.staged = self._stage(manifest)
-            self.fingerprints = Counter() if manifest.fingerprints else None
-        elif group is not None:
-            update = GroupUpdate(**group)
+            update = FileUpdate.from_json(file)
+            self.staged = self._stage(update)
             self.fingerprints = Counter() if update.fingerprints else None
-            self._take(update)
+        elif group is not None:
+            sent = GroupUpdate(**group)
+            self.fingerprints = Counter() if sent.fingerprints else None
+            self._take(sent)
             self.staged = Staged(version, {})
         else:
             raise ValueError(f"weight update: got neither file nor group for version {version}")
@@ -134,9 +135,8 @@ class WorkerWeights:
         if staged.tensors:
             self.version = UNUSABLE  # until the last layer is in place
             self.reload.begin()
-            for name, start, stop in self.reload.boxes:
-                box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-                self._place(name, start, stop, staged.tensors[name][box].contiguous())
+            for box in self.reload.boxes:
+                self._place(box.tensor, box.start, box.stop, staged.tensors[box.tensor][box.hub_index].contiguous())
         self.reload.finish()
         self.version, self.updates = staged.version, self.updates + 1
 
@@ -145,13 +145,13 @@ class WorkerWeights:
         self.staged = None
 
     def layout(self) -> dict[str, Any]:
-        """What this worker (`worker`, its number) keeps: `boxes` as [tensor, start, stop]; `unread`, other tensors;
+        """What this worker (`worker`, its number) keeps: `boxes`, as JSON; `unread`, other tensors;
         `unreached`, parameters that none of them fills."""
         reload = self.reload
-        unread = self.tensors.keys() - {name for name, _, _ in reload.boxes}
+        unread = self.tensors.keys() - {box.tensor for box in reload.boxes}
         return {
             "worker": self.worker,
-            "boxes": reload.boxes,
+            "boxes": [box.as_json() for box in reload.boxes],
             "unread": sorted(unread),
             "unreached": reload.unreached,
         }
@@ -167,10 +167,10 @@ class WorkerWeights:
         of_tensors = {name: value % MODULUS for name, value in self.fingerprints.items()}
         return {"worker": self.worker, "fingerprints": of_tensors}
 
-    def _stage(self, manifest: Manifest) -> Staged:
+    def _stage(self, update: FileUpdate) -> Staged:
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        needed = {name for name, _, _ in self.reload.boxes}
-        return Staged(manifest.version, checked_tensors(manifest, shapes, needed=needed))
+        needed = {box.tensor for box in self.reload.boxes}
+        return Staged(update.version, checked_tensors(update, shapes, needed=needed))
 
     def _take(self, update: GroupUpdate) -> None:
         """Receives everything into the model, layer by layer: there is no memory to keep it elsewhere."""

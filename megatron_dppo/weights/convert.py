@@ -24,16 +24,6 @@ import torch
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.weights import torch_dist
-from megatron_dppo.weights.checkpoint import (
-    CARRIED,
-    MegatronFiles,
-    block_buffer,
-    carried_config,
-    carry_description,
-    check_tensors,
-    read_values,
-    row_blocks,
-)
 from megatron_dppo.weights.global_tensors import (
     Block,
     KeyScheme,
@@ -42,8 +32,19 @@ from megatron_dppo.weights.global_tensors import (
     extra_states,
     global_blocks,
 )
-from megatron_dppo.weights.hub_files import INDEX_FILE, HubFiles, TensorInfo, header_bytes
+from megatron_dppo.weights.hub_files import (
+    INDEX_FILE,
+    HubFiles,
+    TensorInfo,
+    block_buffer,
+    carry_description,
+    check_tensors,
+    header_bytes,
+    read_values,
+    row_blocks,
+)
 from megatron_dppo.weights.mapping import float32_tensors
+from megatron_dppo.weights.megatron_files import CARRIED, MegatronFiles, carried_config
 
 FILE_BYTES = 2 << 30
 WIDEST = 4  # bytes of an element, to size blocks before their dtypes are known

@@ -9,16 +9,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_dppo.architecture import Architecture
+from megatron_dppo.weights.global_tensors import BLOCK_BYTES
+from megatron_dppo.weights.mapping import hub_shapes, mtp_tensors
+
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20
+SCALE = "_scale_inv"  # of `X.weight` in float8, `X.weight_scale_inv`: one factor for each tile
+TILE = 128
+WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth", "*.pt", "*.gguf", "original", "onnx")  # not carried over
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -192,3 +200,74 @@ def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def check_tensors(files: HubFiles, arch: Architecture) -> list[str]:
+    """That the files hold the model's tensors; returns what is left out (MTP layers, what follows from the rest).
+
+    Raises ValueError naming the first tensor that is missing, misshapen or unknown, and its file.
+    """
+    expected, stored = hub_shapes(arch), files.tensors
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ValueError(f"{files.root}: got no tensor {name}, expected it for {arch.model_type}")
+        if stored[name].shape != shape:
+            raise ValueError(f"{stored[name].file}: {name}: got shape {stored[name].shape}, expected {shape}")
+        if not stored[name].dtype.is_floating_point:
+            raise ValueError(f"{stored[name].file}: {name}: got {stored[name].dtype}, expected floating point")
+        if stored[name].dtype == torch.float8_e4m3fn:
+            tiles = tuple(-(-extent // TILE) for extent in shape)
+            if name + SCALE not in stored or stored[name + SCALE].shape != tiles:
+                raise ValueError(f"{stored[name].file}: {name} is float8, expected {name + SCALE} of shape {tiles}")
+    skipped = [name for name in mtp_tensors(arch, stored) if name not in expected]
+    skipped += [name for name in stored if name not in expected and _is_derived(name, arch)]
+    known = {*expected, *skipped, *(name + SCALE for name in expected)}
+    for name in stored.keys() - known:
+        raise ValueError(f"{stored[name].file}: got tensor {name}, which {arch.model_type} does not have")
+    return skipped
+
+
+def _is_derived(name: str, arch: Architecture) -> bool:
+    """What some files hold beside the parameters: rope tables, a tied head written out."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
+
+
+def row_blocks(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of blocks of at most `BLOCK_BYTES`."""
+    most = max(1, BLOCK_BYTES // max(tensor.row_bytes, 1))
+    yield from ((row, min(most, tensor.shape[0] - row)) for row in range(0, tensor.shape[0], most))
+
+
+def block_buffer(tensors: Mapping[str, TensorInfo]) -> Tensor:
+    """uint8, for any block that `row_blocks` gives of these tensors."""
+    return torch.empty(max(BLOCK_BYTES, *(info.row_bytes for info in tensors.values())), dtype=torch.uint8)
+
+
+def read_values(files: HubFiles, name: str, row: int, rows: int, buffer: Tensor) -> Tensor:
+    """As `HubFiles.read_rows`; float8 as fp32, each 128 x 128 tile times its factor."""
+    stored = files.read_rows(name, row, rows, buffer)
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored
+    scales = files.tensors[name + SCALE]
+    first, last = row // TILE, -(-(row + rows) // TILE)
+    own = torch.empty((last - first) * scales.row_bytes, dtype=torch.uint8)
+    scale = files.read_rows(name + SCALE, first, last - first, own).float()
+    by_row = scale.repeat_interleave(TILE, 0)[row - first * TILE :][:rows]
+    return stored.float() * by_row.repeat_interleave(TILE, 1)[:, : stored.shape[1]]
+
+
+def carry_description(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
+    """Copies everything of a Hugging Face directory but its weights: config, tokenizer, whatever else is there.
+
+    config.json then says the new dtype (None: the old one), no quantisation, and no layers of multi-token prediction:
+    what is written beside it has neither.
+    """
+    shutil.copytree(source, destination, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+    config = json.loads((destination / "config.json").read_text())
+    quantised = config.pop("quantization_config", None) is not None
+    if dtype is not None or quantised:
+        config.pop("torch_dtype", None)  # the older name
+        config["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
+    for name in {"num_nextn_predict_layers", "num_mtp_layers"} & config.keys():
+        config[name] = 0
+    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.files import replacing
-from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.weights.hub_files import TensorInfo, header_bytes, read_header, typed
 from megatron_dppo.weights.layout import Piece
 from megatron_dppo.weights.local import write_pieces
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
+from megatron_dppo.weights.update import FileUpdate
 
 MAX_NAMES_SHOWN = 5
 
@@ -45,7 +45,7 @@ def write_image(path: Path, parameters: Mapping[str, Tensor], pieces: Iterable[P
     dist.barrier()
 
 
-def manifest_of(path: Path, version: int) -> Manifest:
+def file_update_of(path: Path, version: int) -> FileUpdate:
     """What an engine needs to take `version` from an image, with a checksum of each tensor, read back from the file.
 
     Every rank calls this; each checks its share of the tensors. One object all-gather of integers.
@@ -55,26 +55,26 @@ def manifest_of(path: Path, version: int) -> Manifest:
         (name, str(stored.dtype).removeprefix("torch."), stored.shape, stored.offset)
         for name, stored in tensors.items()
     )
-    manifest = Manifest(version, str(path.absolute()), entries, path.stat().st_size)
+    update = FileUpdate(version, str(path.absolute()), entries, path.stat().st_size)
     world, rank = dist.get_world_size(), dist.get_rank()
-    mine = checksums(dict(list(map_tensors(manifest))[rank::world]))
+    mine = checksums(dict(list(map_tensors(update))[rank::world]))
     shares: list[dict[str, int]] = [{} for _ in range(world)]
     dist.all_gather_object(shares, mine)
     crc32 = {name: crc for share in shares for name, crc in share.items()}
-    return Manifest(version, manifest.path, entries, manifest.nbytes, tuple(crc32[name] for name in tensors))
+    return FileUpdate(version, update.path, entries, update.nbytes, tuple(crc32[name] for name in tensors))
 
 
 def checked_tensors(
-    manifest: Manifest, stored: Mapping[str, tuple[int, ...]], *, needed: set[str]
+    update: FileUpdate, stored: Mapping[str, tuple[int, ...]], *, needed: set[str]
 ) -> dict[str, Tensor]:
     """An update's tensors, as `map_tensors`, once they are known to be complete (`stored`: the checkpoint's shapes) and
     undamaged. Raises ValueError."""
-    _check_complete({name: tuple(shape) for name, _, shape, _ in manifest.tensors}, stored, needed)
-    tensors = dict(map_tensors(manifest))
-    if manifest.crc32 is not None:
-        crc32, names = checksums(tensors), [name for name, *_ in manifest.tensors]
-        if bad := [name for name, crc in zip(names, manifest.crc32, strict=True) if crc32[name] != crc]:
-            raise ValueError(f"weight update: crc32 differs from the manifest's for {shown(bad)}")
+    _check_complete({name: tuple(shape) for name, _, shape, _ in update.tensors}, stored, needed)
+    tensors = dict(map_tensors(update))
+    if update.crc32 is not None:
+        crc32, names = checksums(tensors), [name for name, *_ in update.tensors]
+        if bad := [name for name, crc in zip(names, update.crc32, strict=True) if crc32[name] != crc]:
+            raise ValueError(f"weight update: crc32 differs from the update's for {shown(bad)}")
     return tensors
 
 
@@ -104,14 +104,14 @@ def _check_complete(
         )
 
 
-def map_tensors(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Views of the manifest's file, one a tensor; raises ValueError if the file is absent or too short."""
-    size = os.path.getsize(manifest.path) if os.path.isfile(manifest.path) else None
-    if size is None or size < manifest.nbytes:
-        raise ValueError(f"weight update: got {manifest.path} of {size} bytes, expected {manifest.nbytes}")
-    buffer = torch.from_file(manifest.path, shared=False, size=manifest.nbytes, dtype=torch.uint8)
-    for name, dtype_name, shape, offset in manifest.tensors:
-        dtype = getattr(torch, dtype_name)  # one of those that a manifest admits
+def map_tensors(update: FileUpdate) -> Iterator[tuple[str, Tensor]]:
+    """Views of the update's file, one a tensor; raises ValueError if the file is absent or too short."""
+    size = os.path.getsize(update.path) if os.path.isfile(update.path) else None
+    if size is None or size < update.nbytes:
+        raise ValueError(f"weight update: got {update.path} of {size} bytes, expected {update.nbytes}")
+    buffer = torch.from_file(update.path, shared=False, size=update.nbytes, dtype=torch.uint8)
+    for name, dtype_name, shape, offset in update.tensors:
+        dtype = getattr(torch, dtype_name)  # one of those that an update admits
         if offset % dtype.itemsize:
             raise ValueError(f"weight update: {name} is at {offset}, expected a multiple of {dtype.itemsize}")
         yield name, typed(buffer[offset:], dtype, shape)

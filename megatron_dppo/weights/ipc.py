@@ -21,44 +21,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megatron_dppo.weights.transfer import Channel, TransferError
+from megatron_dppo.weights.channels import TransferError, did_not_meet
 
 Handle = dict[str, Any]  # JSON: how another process finds a buffer
 
 
-class IpcChannel(Channel):
-    """As `transfer.Channel`; what is sent must lie in buffers of `allocate` that were registered.
+class IpcChannel:
+    """See `channels.Channel`; what is sent must lie in buffers of `allocate` that were registered.
 
-    A message is a note in the store: where it lies. The receiver copies it and leaves a note that it has.
+    A message is a note in the store: where it lies. The receiver copies it and leaves a note that it has. Opening waits
+    for all `size` processes; raises TransferError where somebody does not come in `timeout_s`.
     """
 
     def __init__(
         self, store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
-        self.name, self.rank, self.device = name, rank, device
-        self._timeout = timedelta(seconds=timeout_s)
+        self.name, self.timeout = name, timedelta(seconds=timeout_s)
+        self._rank, self._device = rank, device
         self._store = dist.PrefixStore(name, store)
         self._own: list[Tensor] = []
         self._mapped: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()  # messages so far, by sender and receiver
         self._store.set(f"here/{rank}", "")
         try:
-            self._store.wait([f"here/{other}" for other in range(size)], self._timeout)
+            self._store.wait([f"here/{other}" for other in range(size)], self.timeout)
         except RuntimeError as error:
-            raise TransferError(
-                f"channel {name}: {size} processes did not meet in {timeout_s:.0f} s: {error}"
-            ) from None
+            raise did_not_meet(name, size, timeout_s, error) from None
 
     def allocate(self, nbytes: int) -> Tensor:
         """uint8 that other processes can map."""
-        if self.device.type == "cuda":
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if self._device.type == "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return _memory_file(nbytes)
 
     def register(self, buffers: Sequence[Tensor]) -> None:
         """Tells the others of this process's buffers."""
         for buffer in buffers:
-            self._store.set(f"memory/{self.rank}/{len(self._own)}", json.dumps(_handle(buffer)))
+            self._store.set(f"memory/{self._rank}/{len(self._own)}", json.dumps(_handle(buffer)))
             self._own.append(buffer)
 
     def send(self, data: Tensor, to: int, tag: int) -> Any:
@@ -68,15 +67,15 @@ class IpcChannel(Channel):
             for n, buffer in enumerate(self._own)
             if 0 <= data.data_ptr() - buffer.data_ptr() <= len(buffer) - len(data)
         )
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # the bytes must be there before the note is
-        key = self._key(self.rank, to)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the bytes must be there before the note is
+        key = self._key(self._rank, to)
         self._store.set(key, json.dumps([number, offset, len(data)]))
         return _Delivery(self, key)
 
     def receive(self, data: Tensor, source: int, tag: int) -> Any:
         """Copies a message into `data` when it is waited for."""
-        return _Receipt(self, self._key(source, self.rank), source, data)
+        return _Receipt(self, self._key(source, self._rank), source, data)
 
     def _key(self, source: int, to: int) -> str:
         self._counts[source, to] += 1

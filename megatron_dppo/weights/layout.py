@@ -6,12 +6,15 @@ checking a layout all walk the same list of pieces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.weights.mapping import Entry, Run, entries
+
+Index = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,23 @@ class Box:
     """A box of a hub tensor: rows (and columns) `start` up to, without, `stop`."""
 
     tensor: str
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
+    start: Index
+    stop: Index
+
+    def as_json(self) -> list[Any]:
+        """[tensor, start, stop], for a message."""
+        return [self.tensor, list(self.start), list(self.stop)]
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> Box:
-        """A box that has been [tensor, start, stop] in a message."""
+        """What `as_json` made."""
         tensor, start, stop = fields
         return cls(tensor, tuple(start), tuple(stop))
+
+    @property
+    def numel(self) -> int:
+        """Elements in it."""
+        return math.prod(b - a for a, b in zip(self.start, self.stop, strict=True))
 
     @property
     def hub_index(self) -> tuple[slice, ...]:

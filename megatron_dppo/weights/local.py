@@ -9,8 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dppo.weights.checkpoint import block_buffer, read_values, row_blocks
-from megatron_dppo.weights.hub_files import HubFiles, StoredTensor, TensorInfo, write_exactly
+from megatron_dppo.weights.hub_files import (
+    HubFiles,
+    StoredTensor,
+    TensorInfo,
+    block_buffer,
+    read_values,
+    row_blocks,
+    write_exactly,
+)
 from megatron_dppo.weights.layout import Piece
 
 
@@ -18,7 +25,7 @@ from megatron_dppo.weights.layout import Piece
 def load_pieces(parameters: Mapping[str, Tensor], pieces: Iterable[Piece], files: HubFiles) -> None:
     """Fills local parameters from Hugging Face files, block by block: only the rows that this rank holds are read.
 
-    float8 tensors are dequantised. The files must hold the model's tensors (`checkpoint.check_tensors`); raises
+    float8 tensors are dequantised. The files must hold the model's tensors (`hub_files.check_tensors`); raises
     ValueError when a parameter is left unfilled or a file ends too early.
     """
     unfilled = set(parameters)

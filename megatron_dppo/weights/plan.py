@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dppo.rollout.engine import UPDATE_DTYPES
 from megatron_dppo.weights.box_tables import (
     Boxes,
     Ints,
@@ -31,6 +30,7 @@ from megatron_dppo.weights.box_tables import (
 )
 from megatron_dppo.weights.layout import Box, Piece
 from megatron_dppo.weights.sharing import fair_quotas, share_parts
+from megatron_dppo.weights.update import UPDATE_DTYPES
 
 BUCKETS_IN_FLIGHT = 2  # one is sent while the next is packed, one received while the last is unpacked
 _COLUMNS = ("tensor", "src_rank", "src_param", "src_offset", "start", "stop", "dst", "bucket")

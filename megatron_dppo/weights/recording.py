@@ -9,6 +9,7 @@ noted: such tensors are named, with the operation, and have to go through the lo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.layout import Box, Index
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Copy:
     where it has extent 1.
     """
 
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
+    start: Index
+    stop: Index
     axes: tuple[int | None, ...]
     target: int
     size: tuple[int, ...]
@@ -48,6 +50,11 @@ class Step:
     from_stride: tuple[int, ...]
     from_offset: int
 
+    @property
+    def numel(self) -> int:
+        """Elements that it copies."""
+        return math.prod(self.size)
+
 
 @dataclass
 class Recording:
@@ -56,16 +63,16 @@ class Recording:
     copies: dict[str, list[Copy]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
 
-    def boxes(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-        """(tensor, start, stop): what is read of the tensors that could be followed; none inside another."""
+    def boxes(self) -> Iterator[Box]:
+        """What is read of the tensors that could be followed; none inside another."""
         for name, copies in self.copies.items():
             if name in self.whole:
                 continue
-            kept: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-            for start, stop in sorted({(c.start, c.stop) for c in copies}, key=_volume, reverse=True):
-                if not any(_contains(box, (start, stop)) for box in kept):
-                    kept.append((start, stop))
-            yield from ((name, *box) for box in sorted(kept))
+            kept: list[Box] = []
+            for box in sorted({Box(name, c.start, c.stop) for c in copies}, key=lambda box: box.numel, reverse=True):
+                if not any(_contains(larger, box) for larger in kept):
+                    kept.append(box)
+            yield from sorted(kept, key=lambda box: (box.start, box.stop))
 
 
 def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping[str, TensorInfo]) -> Recording:
@@ -74,13 +81,13 @@ def record(load: Callable[[Iterator[tuple[str, Tensor]]], Any], tensors: Mapping
 
     def recorded(name: str, info: TensorInfo) -> Tensor:
         whole = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        return _Recorded.of(_Source(name, info.shape, recording), whole)
+        return _RecordedTensor.of(_Source(name, info.shape, recording), whole)
 
     load((name, recorded(name, info)) for name, info in tensors.items())
     return recording
 
 
-def steps(copies: Iterable[Copy], start: tuple[int, ...], stop: tuple[int, ...]) -> Iterator[Step]:
+def steps(copies: Iterable[Copy], start: Index, stop: Index) -> Iterator[Step]:
     """How the part `start .. stop` of a hub tensor, contiguous, is copied to wherever its elements go; `copies` are
     the tensor's."""
     part_stride = _contiguous_stride([b - a for a, b in zip(start, stop, strict=True)])
@@ -98,6 +105,31 @@ def steps(copies: Iterable[Copy], start: tuple[int, ...], stop: tuple[int, ...])
             from_stride=tuple(1 if axis is None else part_stride[axis] for axis in copy.axes),
             from_offset=sum((a - b) * s for a, b, s in zip(low, start, part_stride, strict=True)),
         )
+
+
+class Recorded:
+    """A recording as it is repeated.
+
+    `boxes`: what is kept of the hub's tensors, each element once; all of a tensor in `whole` (name -> why). `expected`:
+    by target, the elements that come to it from the others.
+    """
+
+    def __init__(self, recording: Recording, tensors: Mapping[str, TensorInfo]) -> None:
+        self.whole = recording.whole
+        self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
+        self._steps: dict[Box, list[Step]] = {}
+        self.boxes = list(recording.boxes())
+        self.expected: Counter[int] = Counter()
+        for box in self.boxes:
+            for step in steps(self._copies[box.tensor], box.start, box.stop):
+                self.expected[step.target] += step.numel
+        self.boxes += [Box(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
+
+    def steps_of(self, part: Box) -> list[Step]:
+        """Of a part of one of `boxes`, but for tensors in `whole`; worked out once."""
+        if part not in self._steps:
+            self._steps[part] = list(steps(self._copies[part.tensor], part.start, part.stop))
+        return self._steps[part]
 
 
 def apply_step(step: Step, part: Tensor, storage: Tensor) -> None:
@@ -118,7 +150,7 @@ class _Source:
         self.recording.whole.setdefault(self.name, f"its loader {why}")
 
 
-class _Recorded(Tensor):
+class _RecordedTensor(Tensor):
     """A hub tensor without numbers, or a view of it."""
 
     source: _Source
@@ -127,12 +159,12 @@ class _Recorded(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(source: _Source, view: Tensor) -> _Recorded:
+    def of(source: _Source, view: Tensor) -> _RecordedTensor:
         wrapped = Tensor._make_wrapper_subclass(
-            _Recorded, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype,
+            _RecordedTensor, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype,
             device=torch.get_default_device(),
         )  # fmt: skip
-        assert isinstance(wrapped, _Recorded)
+        assert isinstance(wrapped, _RecordedTensor)
         wrapped.source, wrapped.on_meta = source, view
         return wrapped
 
@@ -182,9 +214,7 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _box(
-    view: Tensor, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]] | None:
+def _box(view: Tensor, shape: tuple[int, ...]) -> tuple[Index, Index, tuple[int | None, ...]] | None:
     """The box that a view of a contiguous tensor covers and the axis of each of its dimensions; None: not a box."""
     whole = _contiguous_stride(shape)
     start, rest = [], int(view.storage_offset())
@@ -213,11 +243,7 @@ def _contiguous_stride(shape: Iterable[int]) -> list[int]:
     return strides[::-1]
 
 
-def _contains(outer: tuple[tuple[int, ...], ...], inner: tuple[tuple[int, ...], ...]) -> bool:
-    return all(a <= b for a, b in zip(outer[0], inner[0], strict=True)) and all(
-        a >= b for a, b in zip(outer[1], inner[1], strict=True)
+def _contains(outer: Box, inner: Box) -> bool:
+    return all(a <= b for a, b in zip(outer.start, inner.start, strict=True)) and all(
+        a >= b for a, b in zip(outer.stop, inner.stop, strict=True)
     )
-
-
-def _volume(box: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
-    return math.prod(b - a for a, b in zip(*box, strict=True))

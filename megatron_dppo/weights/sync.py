@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,13 @@ from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.control import Control, connect_store, engine_layout_key, meeting_key
-from megatron_dppo.rollout.engine import GroupUpdate
-from megatron_dppo.weights.checkpoint import carry_description
-from megatron_dppo.weights.image import create_image, image_tensors, manifest_of, write_image
+from megatron_dppo.weights.channels import TransferError
+from megatron_dppo.weights.image import create_image, file_update_of, image_tensors, write_image
 from megatron_dppo.weights.layout import Box, Piece
 from megatron_dppo.weights.mapping import hub_dtypes
 from megatron_dppo.weights.plan import sync_plan
-from megatron_dppo.weights.transfer import Sender, TransferError, join_as_rank, publish
+from megatron_dppo.weights.transfer import Sender, join_as_rank, publish
+from megatron_dppo.weights.update import GroupUpdate
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class WeightSender(Protocol):
 
 
 class FileSender:
-    """Every rank writes its boxes into one file; the reply has the manifest, as `file`.
+    """Every rank writes its boxes into one file; the reply has the `FileUpdate`, as `file`.
 
     In shared memory one file serves all versions. On a disk, which several machines may read, each has a file of its
     own, and the one before is removed: engines have it in memory by then.
@@ -80,7 +78,7 @@ class FileSender:
             dist.barrier()
         self._path = path
         self._held.write(path)
-        return {"file": manifest_of(path, version).as_json()}
+        return {"file": file_update_of(path, version).as_json()}
 
     def close(self) -> None:
         if self._held.rank == 0:
@@ -163,23 +161,3 @@ class GroupSender:
             self._control.post(meeting_key(order["generation"]), update.as_json())
         channels = join_as_rank(store, update, held.rank, len(workers), held.device)
         return Sender(plan, held.rank, channels, ranks)
-
-
-def save_checkpoint(held: Held, source: Path, destination: Path) -> None:
-    """Writes a Hugging Face directory: the weights, and everything but weights from `source` (config, tokenizer).
-
-    Every rank calls this. Written beside and renamed; an older `destination` is replaced. Three barriers.
-    """
-    beside = destination.with_name(destination.name + ".tmp")
-    file = beside / "model.safetensors"
-    if held.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        carry_description(source, beside, held.dtype)
-        create_image(file, image_tensors(held.arch, held.dtype))
-    dist.barrier()
-    held.write(file)
-    if held.rank == 0:
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.replace(beside, destination)
-    dist.barrier()

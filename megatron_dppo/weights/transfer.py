@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.control import get_bytes, put_bytes
+from megatron_dppo.weights.channels import Channel, GroupChannel, TransferError, finish
+from megatron_dppo.weights.ipc import IpcChannel
+from megatron_dppo.weights.layout import Box, Index
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
+from megatron_dppo.weights.update import GroupUpdate
 
 CHECKSUM_BYTES = 8
 MOST_OVERHEAD_BYTES = 2 * CHECKSUM_BYTES  # of a message: padding and checksum
-Index = tuple[int, ...]
 # (tensor, start, stop of the part, its numbers)
 Place = Callable[[str, Index, Index, Tensor], None]
-
-
-class TransferError(RuntimeError):
-    """Bytes did not arrive, or not as they were sent; what was to receive them is in no usable state."""
 
 
 @dataclass(frozen=True)
@@ -97,111 +95,38 @@ def _message(plan: Plan, dtypes: Sequence[torch.dtype], nbytes: Any, rows: Any) 
     return Message(int(plan.src_rank[rows[0]]), int(plan.dst[rows[0]]), parts, payload + CHECKSUM_BYTES)
 
 
-class Channel:
-    """Bytes between the `size` processes that open a channel of the same name: NCCL on a GPU, gloo elsewhere.
-
-    Opening waits for all of them (over NCCL the first message between two does). Raises TransferError where somebody
-    does not come, or stays silent, in `timeout_s`.
-    """
-
-    def __init__(
-        self, store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float
-    ) -> None:
-        self.name, self.rank, self.device = name, rank, device
-        self._timeout = timedelta(seconds=timeout_s)
-        prefixed = dist.PrefixStore(name, store)
-        try:
-            if device.type == "cuda":
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = self._timeout
-                self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
-            else:
-                self._group = dist.ProcessGroupGloo(prefixed, rank, size, self._timeout)
-        except RuntimeError as error:
-            raise TransferError(
-                f"channel {name}: {size} processes did not meet in {timeout_s:.0f} s: {error}"
-            ) from None
-
-    def allocate(self, nbytes: int) -> Tensor:
-        """uint8, a buffer that can be sent from."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def register(self, buffers: Sequence[Tensor]) -> None:
-        """Before anything is sent from buffers of `allocate`, of this channel or another of the same process."""
-
-    def send(self, data: Tensor, to: int, tag: int) -> Any:
-        """Starts sending; `data` must stay as it is until `finish`."""
-        try:
-            return self._group.send([data], to, tag)
-        except RuntimeError as error:  # at once, where the other end is known to be gone
-            raise TransferError(f"channel {self.name}: sending to {to}: {error}") from None
-
-    def receive(self, data: Tensor, source: int, tag: int) -> Any:
-        """Starts receiving into `data`."""
-        try:
-            return self._group.recv([data], source, tag)
-        except RuntimeError as error:
-            raise TransferError(f"channel {self.name}: receiving from {source}: {error}") from None
-
-    def finish(self, works: Sequence[Any], what: str) -> None:
-        """Waits for what was started."""
-        for work in works:
-            try:
-                work.wait(self._timeout)
-            except RuntimeError as error:
-                seconds = self._timeout.total_seconds()
-                raise TransferError(f"channel {self.name}: {what}, at most {seconds:.0f} s: {error}") from None
-
-
-class Meeting(Protocol):
-    """The fields of `rollout.engine.GroupUpdate` that say who meets."""
-
-    @property
-    def generation(self) -> int: ...
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def instance(self) -> int: ...
-    @property
-    def instances(self) -> int: ...
-    @property
-    def timeout_s(self) -> float: ...
-    @property
-    def one_machine(self) -> bool: ...
-
-
-def join_as_rank(store: dist.Store, meeting: Meeting, rank: int, workers: int, device: torch.device) -> list[Channel]:
+def join_as_rank(
+    store: dist.Store, update: GroupUpdate, rank: int, workers: int, device: torch.device
+) -> list[Channel]:
     """A trainer rank's channels, one to each instance; waits for all ranks and all workers of every instance."""
-    kind = _kind(meeting)
+    kind = _kind(update)
     return [
-        kind(store, _engine(meeting, i), rank, meeting.ranks + workers, device, meeting.timeout_s)
-        for i in range(meeting.instances)
+        kind(store, _engine(update, i), rank, update.ranks + workers, device, update.timeout_s)
+        for i in range(update.instances)
     ]
 
 
 def join_as_worker(
-    store: dist.Store, meeting: Meeting, worker: int, workers: int, device: torch.device
+    store: dist.Store, update: GroupUpdate, worker: int, workers: int, device: torch.device
 ) -> tuple[Channel, Channel | None, Channel | None]:
     """A worker's channels: to the trainer, from the instance before and to the one behind (None: there is but one)."""
-    size, timeout_s, kind = meeting.ranks + workers, meeting.timeout_s, _kind(meeting)
-    own = kind(store, _engine(meeting, meeting.instance), meeting.ranks + worker, size, device, timeout_s)
+    size, timeout_s, kind = update.ranks + workers, update.timeout_s, _kind(update)
+    own = kind(store, _engine(update, update.instance), update.ranks + worker, size, device, timeout_s)
     before: dict[int, Channel] = {}
-    if meeting.instances > 1:
+    if update.instances > 1:
         # Opening waits for the other end: every instance opens its links in the order of their numbers.
-        for link in sorted({meeting.instance, (meeting.instance - 1) % meeting.instances}):
-            end = int(link != meeting.instance)
-            before[end] = kind(store, f"{meeting.generation}/link{link}/{worker}", end, 2, device, timeout_s)
+        for link in sorted({update.instance, (update.instance - 1) % update.instances}):
+            end = int(link != update.instance)
+            before[end] = kind(store, f"{update.generation}/link{link}/{worker}", end, 2, device, timeout_s)
     return own, before.get(1), before.get(0)
 
 
-def _kind(meeting: Meeting) -> type[Channel]:
-    from megatron_dppo.weights.ipc import IpcChannel  # which is a Channel, too
-
-    return IpcChannel if meeting.one_machine else Channel
+def _kind(update: GroupUpdate) -> type[GroupChannel] | type[IpcChannel]:
+    return IpcChannel if update.one_machine else GroupChannel
 
 
-def _engine(meeting: Meeting, instance: int) -> str:
-    return f"{meeting.generation}/engine{instance}"
+def _engine(update: GroupUpdate, instance: int) -> str:
+    return f"{update.generation}/engine{instance}"
 
 
 def publish(store: dist.Store, plan: Plan) -> None:
@@ -220,24 +145,25 @@ def _share_key(digest: str, worker: int) -> str:
     return f"plan/{digest}/{worker}"
 
 
-def check_share(plan: Plan, boxes: Iterable[tuple[str, Index, Index]]) -> None:
+def check_share(plan: Plan, boxes: Iterable[Box]) -> None:
     """Raises ValueError unless a worker's share of a plan is what the worker keeps, every element of it once."""
-    kept: dict[str, list[tuple[Index, Index]]] = {}
-    for tensor, start, stop in boxes:
-        kept.setdefault(tensor, []).append(((*start, 0)[:2], (*stop, 1)[:2]))
+    kept: dict[str, list[Box]] = {}
+    for box in boxes:
+        kept.setdefault(box.tensor, []).append(Box(box.tensor, (*box.start, 0)[:2], (*box.stop, 1)[:2]))
     sent = dict.fromkeys(kept, 0)
     for tensor, start, stop in zip(plan.tensor.tolist(), plan.start.tolist(), plan.stop.tolist(), strict=True):
         name = plan.tensors[tensor]
-        if not any(_inside(start, stop, *box) for box in kept.get(name, ())):
+        if not any(_inside(start, stop, box) for box in kept.get(name, ())):
             raise ValueError(f"weight update: the plan sends {name} {start} to {stop}, which this worker does not keep")
         sent[name] += math.prod(b - a for a, b in zip(start, stop, strict=True))
     for name, found in kept.items():
-        expected = sum(math.prod(b - a for a, b in zip(*box, strict=True)) for box in found)
+        expected = sum(box.numel for box in found)
         if sent[name] != expected:
             raise ValueError(f"weight update: the plan sends {sent[name]} elements of {name}, expected {expected}")
 
 
-def _inside(start: Sequence[int], stop: Sequence[int], low: Index, high: Index) -> bool:
+def _inside(start: Sequence[int], stop: Sequence[int], box: Box) -> bool:
+    low, high = box.start, box.stop
     return low[0] <= start[0] and low[1] <= start[1] and stop[0] <= high[0] and stop[1] <= high[1]
 
 
@@ -270,7 +196,7 @@ class Sender:
         in_flight: list[list[tuple[Channel, Any, int]]] = []
         for number, wave in enumerate(self._waves):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
-                _finish(in_flight.pop(0))
+                _finish_wave(in_flight.pop(0))
             staging = self._staging[number % BUCKETS_IN_FLIGHT]
             started = []
             for (bucket, message), (_, buffer) in zip(wave, _laid_out([m for _, m in wave], staging), strict=True):
@@ -279,7 +205,7 @@ class Sender:
                 started.append((channel, channel.send(buffer, self._ranks + message.dst, bucket), bucket))
             in_flight.append(started)
         for wave_in_flight in in_flight:
-            _finish(wave_in_flight)
+            _finish_wave(wave_in_flight)
 
 
 class Receiver:
@@ -318,14 +244,14 @@ class Receiver:
         started = [self._start(bucket) for bucket in range(min(BUCKETS_IN_FLIGHT, len(self._buckets)))]
         for bucket, sent in enumerate(self._buckets):
             channel, works = started[bucket]
-            channel.finish(works, f"receiving bucket {bucket}")
+            finish(channel, works, f"receiving bucket {bucket}")
             passed_on = self._pass_on(bucket)
             for message, buffer in _laid_out(sent, self._staging[bucket % BUCKETS_IN_FLIGHT]):
                 _check(message, buffer, bucket)
                 for part in message.parts:
                     place(part.tensor, part.start, part.stop, part.of(buffer))
             if passed_on and self._following:
-                self._following.finish(passed_on, f"passing on bucket {bucket}")
+                finish(self._following, passed_on, f"passing on bucket {bucket}")
             if bucket + BUCKETS_IN_FLIGHT < len(self._buckets):
                 started.append(self._start(bucket + BUCKETS_IN_FLIGHT))
 
@@ -345,9 +271,9 @@ class Receiver:
         return [self._following.send(self._staging[bucket % BUCKETS_IN_FLIGHT][:used], 1, bucket)]
 
 
-def _finish(started: Sequence[tuple[Channel, Any, int]]) -> None:
+def _finish_wave(started: Sequence[tuple[Channel, Any, int]]) -> None:
     for channel, work, bucket in started:
-        channel.finish([work], f"sending bucket {bucket}")
+        finish(channel, [work], f"sending bucket {bucket}")
 
 
 def _waves(buckets: Sequence[Sequence[Message]], most: int) -> list[list[tuple[int, Message]]]:

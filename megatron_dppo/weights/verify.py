@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_dppo.weights.checkpoint import Checkpoint, row_blocks
+from megatron_dppo.weights.hub_files import row_blocks
+from megatron_dppo.weights.megatron_files import Checkpoint
 
 
 def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:

@@ -28,10 +28,10 @@ from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.rank import load_policy, reference_of, with_optimizer
 from megatron_dppo.rollout.client import place_batch
-from megatron_dppo.rollout.engine import Manifest
 from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
 from megatron_dppo.weights.sync import FileSender
+from megatron_dppo.weights.update import FileUpdate
 
 
 def model_of(rank: Rank, path: Path, temperature: float = 1.0, head_memory: HeadMemory = HeadMemory()) -> Model:
@@ -153,10 +153,10 @@ def rl_steps(
     trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     results = [trainer._train_step(step, minibatches) for step in range(2)]
-    manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
-    tensors = load_file(manifest.path)
+    update = FileUpdate.from_json(trainer.senders["shm"].send({"version": 1})["file"])
+    tensors = load_file(update.path)
     crc32 = {name: zlib.crc32(t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
-    assert list(manifest.crc32 or ()) == [crc32[name] for name, *_ in manifest.tensors]
+    assert list(update.crc32 or ()) == [crc32[name] for name, *_ in update.tensors]
     return {name: numpy(tensor.float()) for name, tensor in tensors.items()}, results
 
 
@@ -171,8 +171,8 @@ def interrupted_steps(
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     metrics = trainer._train_step(step, minibatches)
     trainer._save(step + 1, {})
-    manifest = Manifest.from_json(trainer.senders["shm"].send({"version": 1})["file"])
-    return {name: numpy(tensor.float()) for name, tensor in load_file(manifest.path).items()}, metrics
+    update = FileUpdate.from_json(trainer.senders["shm"].send({"version": 1})["file"])
+    return {name: numpy(tensor.float()) for name, tensor in load_file(update.path).items()}, metrics
 
 
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:

@@ -12,10 +12,10 @@ import torch
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.backend.model import Model, load_model
 from megatron_dppo.backend.parallel import Rank
-from megatron_dppo.weights.checkpoint import open_checkpoint
 from megatron_dppo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_dppo.weights.global_tensors import SCHEMES, KeyScheme, content_metadata, default_scheme
 from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.megatron_files import open_checkpoint
 from megatron_dppo.weights.verify import differences
 from tests.distributed.jobs import numpy
 from tests.distributed.rank_pool import RankPool

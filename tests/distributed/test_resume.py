@@ -11,9 +11,9 @@ import pytest
 
 from megatron_dppo.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from megatron_dppo.config import Config
-from megatron_dppo.weights.checkpoint import open_checkpoint
 from megatron_dppo.weights.convert import megatron_to_hf
 from megatron_dppo.weights.layout import Parallel
+from megatron_dppo.weights.megatron_files import open_checkpoint
 from tests.distributed.jobs import interrupted_steps, rl_steps
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_trainer import GROUPS, OBJECTIVES, SAMPLES, numbers, samples

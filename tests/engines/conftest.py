@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_dppo.job.processes import Child, free_port, start
-from megatron_dppo.rollout.engine import Manifest, RolloutEngine
+from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.engines import wait_ready
+from megatron_dppo.weights.update import FileUpdate
 from tests.engines.kinds import KIND, Kind
 from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint
 
@@ -121,7 +122,7 @@ def reference_logprobs(model: PreTrainedModel, trajectory, temperature: float) -
 class Weights:
     """A model's weights as a file in shared memory, with what the engine should say about them."""
 
-    manifest: Manifest
+    update: FileUpdate
     checksums: dict[str, int]
 
 
@@ -142,7 +143,7 @@ def share(directory: Path, tensors: dict[str, torch.Tensor], version: int, *, wi
             offset += (len(data) + 63) // 64 * 64
         file.truncate(offset)
     crcs = tuple(crc32) if with_crc32 else None
-    return Weights(Manifest(version, str(path), tuple(entries), offset, crcs, fingerprints=with_crc32), sums)
+    return Weights(FileUpdate(version, str(path), tuple(entries), offset, crcs, fingerprints=with_crc32), sums)
 
 
 @pytest.fixture

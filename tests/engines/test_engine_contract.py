@@ -63,7 +63,7 @@ def sample(served: Served, prompts: list[list[int]], sampling: Sampling) -> list
 
 async def update(engine: RolloutEngine, weights: Any) -> None:
     await engine.pause("wait")
-    await engine.begin_update(weights.manifest.version, weights.manifest)
+    await engine.begin_update(weights.update)
     await engine.commit()
 
 
@@ -210,7 +210,7 @@ def test_new_weights_in_memory(served: Served, other: Any, original: Any, shared
         assert worst([before], served.model) <= TOLERANCE
 
         weights = share(shared_memory, tensors, version + 1)
-        await engine.begin_update(version + 1, weights.manifest)
+        await engine.begin_update(weights.update)
         assert await engine.version() == version  # handed over, not yet in use
         with pytest.raises(EngineError, match="generate refused: a weight update is under way"):
             await engine.generate(LONG_PROMPT, GREEDY, "between")
@@ -263,10 +263,10 @@ def test_a_refused_update_leaves_the_old_weights(served: Served, other: Any, sha
     async def body(engine: RolloutEngine) -> None:
         version = await engine.version()
         weights = share(shared_memory, tensors, version + 1)
-        path = Path(weights.manifest.path)
+        path = Path(weights.update.path)
         if fault == "damaged":
             data = bytearray(path.read_bytes())
-            data[{name: offset for name, _, _, offset in weights.manifest.tensors}[expert]] ^= 1
+            data[{name: offset for name, _, _, offset in weights.update.tensors}[expert]] ^= 1
             path.write_bytes(data)
         elif fault == "absent":
             path.unlink()
@@ -274,11 +274,11 @@ def test_a_refused_update_leaves_the_old_weights(served: Served, other: Any, sha
             "missing": f"missing {expert}",
             "unknown": "unknown model.layers.7.norm.weight",
             "shape": rf"wrong shape {expert} \(63, 64\) instead of \(64, 64\)",
-            "damaged": f"crc32 differs from the manifest's for {expert}",
+            "damaged": f"crc32 differs from the update's for {expert}",
             "absent": "of None bytes, expected",
         }[fault]
         with pytest.raises(EngineError, match=message):
-            await engine.begin_update(version + 1, weights.manifest)
+            await engine.begin_update(weights.update)
         with pytest.raises(EngineError, match="generate refused"):
             await engine.generate(PROMPTS[0], training(), "r")
         with pytest.raises(EngineError, match="commit refused: no update was handed over"):
@@ -295,8 +295,8 @@ def test_after_a_refused_update_a_full_one_succeeds(served: Served, original: An
         version = await engine.version()
         part = dict(list(original.items())[:5])
         with pytest.raises(EngineError, match="got 5 tensors"):
-            await engine.begin_update(version + 1, share(shared_memory, part, version + 1).manifest)
-        await engine.begin_update(version + 1, share(shared_memory, original, version + 1).manifest)
+            await engine.begin_update(share(shared_memory, part, version + 1).update)
+        await engine.begin_update(share(shared_memory, original, version + 1).update)
         await engine.commit()
         assert worst([await engine.generate(PROMPTS[0], training(), "r")], served.model) <= TOLERANCE
 
@@ -311,7 +311,7 @@ def test_a_commit_that_fails_half_way_is_cured_by_a_full_update(
 
     async def body(engine: RolloutEngine) -> None:
         version = await engine.version()
-        await engine.begin_update(version + 1, share(shared_memory, other[1], version + 1).manifest)
+        await engine.begin_update(share(shared_memory, other[1], version + 1).update)
         with pytest.raises(EngineError, match=f"injected fault after {after} tensors"):
             await engine.commit()
         assert await engine.version() == -1
@@ -324,7 +324,7 @@ def test_a_commit_that_fails_half_way_is_cured_by_a_full_update(
         async with served.connect() as newcomer:
             with pytest.raises(EngineError, match="generate refused: its weights are unusable"):
                 await newcomer.generate(PROMPTS[0], training(), "r")
-        await engine.begin_update(version + 2, share(shared_memory, original, version + 2).manifest)
+        await engine.begin_update(share(shared_memory, original, version + 2).update)
         await engine.commit()
         many = await asyncio.gather(*(engine.generate(ids, training(), f"{i}") for i, ids in enumerate(PROMPTS)))
         assert worst(many, served.model) <= TOLERANCE and many[0].policy_versions[0] == version + 2
@@ -339,13 +339,11 @@ def test_updates_and_requests_do_not_mix(served: Served, original: Any, shared_m
         flying = [asyncio.create_task(engine.generate(p, training(max_tokens=200), "f")) for p in PROMPTS]
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match=r"\d+ requests in flight, expected pause\(\) first"):
-            await engine.begin_update(version + 1, weights.manifest)
+            await engine.begin_update(weights.update)
         await update(engine, weights)  # its pause("wait") lets them finish
         trajectories = await asyncio.gather(*flying)
         assert {v for t in trajectories for v in t.policy_versions.tolist()} == {version}
         assert {t.finish_reason for t in trajectories} <= {"stop", "length"}
-        with pytest.raises(ValueError, match="got version 9, expected the update's"):
-            await engine.begin_update(9, share(shared_memory, original, version + 2).manifest)
 
     on(served, body)
 
@@ -384,7 +382,7 @@ def test_held_requests_go_on_under_the_new_weights(
             late = asyncio.create_task(engine.generate(PROMPTS[number], training(), "late"))
             await asyncio.sleep(0.05)
             assert not late.done()
-            await engine.begin_update(first + number, share(shared_memory, tensors, first + number).manifest)
+            await engine.begin_update(share(shared_memory, tensors, first + number).update)
             with pytest.raises(EngineError, match="commit|pause refused"):
                 await engine.pause("wait")
             await engine.commit()
@@ -449,7 +447,7 @@ def test_held_requests_end_with_an_update_that_fails(served: Served, original: A
         await engine.pause("keep")
         part = dict(list(original.items())[:5])
         with pytest.raises(EngineError, match="got 5 tensors"):
-            await engine.begin_update(version + 1, share(shared_memory, part, version + 1).manifest)
+            await engine.begin_update(share(shared_memory, part, version + 1).update)
         await engine.abort_update()
         trajectories = await asyncio.gather(*flying)
         assert {int(v) for t in trajectories for v in t.policy_versions} == {version}

@@ -58,7 +58,7 @@ def test_a_stock_server_gets_whole_tensors_in_buckets(
 
         part = dict(list(tensors.items())[:5])
         with pytest.raises(EngineError, match="got 5 tensors"):
-            await engine.begin_update(3, share(shared_memory, part, 3).manifest)
+            await engine.begin_update(share(shared_memory, part, 3).update)
         await engine.abort_update()
         assert (await engine.generate(PROMPTS[0], training(), "r")).policy_versions[0] == 2
         with pytest.raises(EngineError, match="takes whole tensors only: expected sync.transport shm or disk"):

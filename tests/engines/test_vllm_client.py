@@ -20,16 +20,11 @@ import pytest
 
 from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.job.processes import ChildDied, free_port, start
-from megatron_dppo.rollout.engine import (
-    EngineBadAnswer,
-    EngineError,
-    EngineUnreachable,
-    Manifest,
-    Sampling,
-)
+from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Sampling
 from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.vllm.client import VllmEngine
 from megatron_dppo.rollout.vllm.server import server_command, server_env
+from megatron_dppo.weights.update import FileUpdate
 
 VOCAB = 8
 SAMPLING = Sampling(1.0, 4, training=True, num_topk_logprobs=2)
@@ -419,16 +414,16 @@ def test_evaluation_may_truncate() -> None:
         ({"tensors": (("a", "int8", (2,), 0),)}, "got dtype int8 for a"),
     ],
 )
-def test_a_broken_manifest_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_broken_update_is_refused(fields: dict[str, Any], message: str) -> None:
     good = {
         "version": 1,
         "path": "/dev/shm/w",
         "tensors": (("a", "float32", (2, 2), 0), ("b", "bfloat16", (4,), 16)),
         "nbytes": 24,
     }
-    Manifest(**good)
+    FileUpdate(**good)
     with pytest.raises(ValueError, match=message):
-        Manifest(**(good | fields))
+        FileUpdate(**(good | fields))
 
 
 def test_the_command_and_environment_of_a_server(tmp_path: Path) -> None:

@@ -13,20 +13,13 @@ import pytest
 
 from megatron_dppo.control import Control, ControlTimeout, Orders, engine_layout_key, meeting_key, order_key, reply_key
 from megatron_dppo.rollout import fleet as fleet_module
-from megatron_dppo.rollout.engine import (
-    EngineError,
-    EngineNotReady,
-    EngineRestarted,
-    EngineUnreachable,
-    GroupUpdate,
-    Manifest,
-    Sampling,
-)
+from megatron_dppo.rollout.engine import EngineError, EngineNotReady, EngineRestarted, EngineUnreachable, Sampling
 from megatron_dppo.rollout.fleet import Fleet, Request
 from megatron_dppo.weights.layout import Box
+from megatron_dppo.weights.update import FileUpdate, GroupUpdate
 
 SAMPLING = Sampling(1.0, 4, training=True)
-MANIFEST = Manifest(0, "/weights", (("a", "float32", (2,), 0),), 8).as_json()
+FILE_UPDATE = FileUpdate(0, "/weights", (("a", "float32", (2,), 0),), 8).as_json()
 
 
 @dataclass(eq=False)
@@ -62,7 +55,7 @@ class Engine:
         self._reach()
         return [list(self.boxes)]
 
-    async def begin_update(self, version: int, update: Any) -> None:
+    async def begin_update(self, update: Any) -> None:
         self._reach()
         if self.refusals:
             self.refusals -= 1
@@ -109,7 +102,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Orders]:
                 control.post(meeting_key(order["generation"]), update.as_json())
                 control.post(reply_key(number), {"errors": []})
             else:
-                control.post(reply_key(number), {"file": {**MANIFEST, "version": order["version"]}})
+                control.post(reply_key(number), {"file": {**FILE_UPDATE, "version": order["version"]}})
 
     thread = threading.Thread(target=ranks)
     thread.start()

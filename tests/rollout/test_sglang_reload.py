@@ -1,4 +1,4 @@
-"""`sglang.reload.Reload` on models whose loaders do what SGLang's do; real ones are in tests/engines."""
+"""`sglang.reload.SglangReload` on models whose loaders do what SGLang's do; real ones are in tests/engines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_dppo.rollout.sglang.reload import Reload
+from megatron_dppo.rollout.sglang.reload import SglangReload
 from megatron_dppo.weights.hub_files import TensorInfo
 
 SHAPES = {"q": (2, 3), "k": (1, 3), "embed": (5, 2), "q_a": (2, 4), "kv_a": (1, 4), "dropped": (2,)}
@@ -47,19 +47,19 @@ class Fused(nn.Module):
         self.finished += 1
 
 
-def place(reload: Reload, numbers: dict[str, Tensor], *, but: str = "") -> None:
+def place(reload: SglangReload, numbers: dict[str, Tensor], *, but: str = "") -> None:
     reload.begin()
-    for name, start, stop in reload.boxes:
-        if name != but:
-            reload.place(name, start, stop, numbers[name][tuple(map(slice, start, stop))].contiguous())
+    for box in reload.boxes:
+        if box.tensor != but:
+            reload.place(box.tensor, box.start, box.stop, numbers[box.tensor][box.hub_index].contiguous())
 
 
 def test_an_update_makes_what_the_loaders_make() -> None:
     model, expected = Fused(), Fused()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    reload = Reload(model, TENSORS)
+    reload = SglangReload(model, TENSORS)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # followed, not called
-    assert reload.whole.keys() == {"q_a", "kv_a"} and {name for name, _, _ in reload.boxes} == set(SHAPES) - {"dropped"}
+    assert reload.whole.keys() == {"q_a", "kv_a"} and {box.tensor for box in reload.boxes} == set(SHAPES) - {"dropped"}
 
     numbers = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     expected.load_weights(numbers.items())
@@ -73,12 +73,12 @@ def test_an_update_makes_what_the_loaders_make() -> None:
     ("missing", "message"), [("k", "3 elements of 19 and 0 whole"), ("kv_a", "0 elements of 19 and 1 whole")]
 )
 def test_an_update_with_parts_missing_is_refused(missing: str, message: str) -> None:
-    reload = Reload(Fused(), TENSORS)
+    reload = SglangReload(Fused(), TENSORS)
     place(reload, {name: torch.randn(shape) for name, shape in SHAPES.items()}, but=missing)
     with pytest.raises(RuntimeError, match=f"weight update: {message} tensors did not arrive"):
         reload.finish()
 
 
 def test_a_parameter_that_no_tensor_reaches_is_known() -> None:
-    assert Reload(Fused(latent=False, more=True), TENSORS).unreached == ["more"]
-    assert Reload(Fused(latent=False), TENSORS).unreached == []
+    assert SglangReload(Fused(latent=False, more=True), TENSORS).unreached == ["more"]
+    assert SglangReload(Fused(latent=False), TENSORS).unreached == []

@@ -18,12 +18,13 @@ import torch
 from aiohttp import web
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Manifest, Sampling
+from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Sampling
 from megatron_dppo.rollout.sglang.client import MOST_CUTS, SglangEngine
 from megatron_dppo.rollout.sglang.server import PYTHON_VARIABLE, interpreter, server_env
 from megatron_dppo.rollout.sglang.shards import own_address
 from megatron_dppo.rollout.sglang.whole_tensors import BucketWeights
 from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.update import FileUpdate
 from tests.tiny_models import tiny_config
 
 TOKEN, TOKEN_S = 3, 0.01
@@ -198,7 +199,7 @@ def test_a_pause_waits_for_held_requests(arch: Architecture) -> None:
         await engine.pause("keep")
         await engine.resume()
         with pytest.raises(EngineError, match="1 requests in flight, expected pause"):
-            await engine.begin_update(1, Manifest(1, "/x", (), 0))
+            await engine.begin_update(FileUpdate(1, "/x", (), 0))
         await engine.pause("wait")
         assert task.done() and (await task).finish_reason == "length"
 
@@ -206,18 +207,18 @@ def test_a_pause_waits_for_held_requests(arch: Architecture) -> None:
 
 
 @pytest.fixture
-def manifest(arch: Architecture, tmp_path: Path) -> Manifest:
+def file_update(arch: Architecture, tmp_path: Path) -> FileUpdate:
     """Zeros for all of the model, version 4."""
     entries, end = [], 0
     for name, shape in hub_shapes(arch).items():
         entries.append((name, "float32", tuple(shape), end))
         end += torch.Size(shape).numel() * 4
     (tmp_path / "weights").write_bytes(bytes(end))
-    return Manifest(4, str(tmp_path / "weights"), tuple(entries), end)
+    return FileUpdate(4, str(tmp_path / "weights"), tuple(entries), end)
 
 
 def test_weights_that_a_bucket_left_half_written_have_no_version(
-    arch: Architecture, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    arch: Architecture, file_update: FileUpdate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SGLang answers 400 in the middle of a load, and goes on under the name that the weights had."""
 
@@ -231,7 +232,7 @@ def test_weights_that_a_bucket_left_half_written_have_no_version(
         await engine.rejoin()
         engine._way._proved = True
         await engine.pause("wait")
-        await engine.begin_update(4, manifest)
+        await engine.begin_update(file_update)
         with pytest.raises(EngineError, match="partially updated"):
             await engine.commit()
         with pytest.raises(EngineError, match="abort_update: got weights of version -1, expected 3; send a full"):
@@ -240,14 +241,14 @@ def test_weights_that_a_bucket_left_half_written_have_no_version(
     served(arch, body)
 
 
-def test_a_server_that_refuses_a_group_leaves_nobody_waiting(arch: Architecture, manifest: Manifest) -> None:
+def test_a_server_that_refuses_a_group_leaves_nobody_waiting(arch: Architecture, file_update: FileUpdate) -> None:
     """The test ends: a thread that waits for the server would hold this process for two minutes."""
 
     async def body(stub: Stub, engine: SglangEngine) -> None:
         stub.refused.add("/init_weights_update_group")
         engine._way._proved = True
         await engine.pause("wait")
-        await engine.begin_update(4, manifest)
+        await engine.begin_update(file_update)
         with pytest.raises(EngineError, match="/init_weights_update_group answered 400"):
             await engine.commit()
         assert stub.posted[-1] == "/destroy_weights_update_group" and engine._way._meeting is None

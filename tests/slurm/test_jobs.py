@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dppo.weights.checkpoint import open_checkpoint
+from megatron_dppo.weights.megatron_files import open_checkpoint
 from megatron_dppo.weights.verify import differences
 from tests.slurm.cluster import Cluster
 

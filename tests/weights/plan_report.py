@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dppo.rollout.engine import UPDATE_DTYPES
 from megatron_dppo.weights.box_tables import Ints
 from megatron_dppo.weights.plan import BUCKETS_IN_FLIGHT, Plan
+from megatron_dppo.weights.update import UPDATE_DTYPES
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from megatron_dppo.cli import app
-from megatron_dppo.weights import checkpoint as checkpoint_module
-from megatron_dppo.weights import convert, global_tensors
-from megatron_dppo.weights.checkpoint import open_checkpoint
+from megatron_dppo.weights import convert, global_tensors, hub_files
 from megatron_dppo.weights.convert import hf_to_megatron, megatron_to_hf
+from megatron_dppo.weights.megatron_files import open_checkpoint
 from megatron_dppo.weights.verify import differences
 from tests.tiny_models import (
     deepseek_config,
@@ -384,7 +383,7 @@ def test_a_difference_in_a_later_block_has_its_place(
     tensors = hub_tensors(other)
     tensors["lm_head.weight"][60, 3] = -0.0
     rewrite(other, tensors)
-    monkeypatch.setattr(checkpoint_module.row_blocks, "__defaults__", (5 * 64 * 4,))
+    monkeypatch.setattr(hub_files.row_blocks, "__defaults__", (5 * 64 * 4,))
     (line,) = differences(open_checkpoint(source), open_checkpoint(other))
     assert line.startswith("lm_head.weight: first differs at [60, 3]: ") and line.endswith(" and -0.0")
 

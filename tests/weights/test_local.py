@@ -12,12 +12,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_dppo.architecture import Architecture, load_architecture
-from megatron_dppo.weights.checkpoint import check_tensors
-from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, read_header
+from megatron_dppo.weights.export import export_model
+from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, check_tensors, read_header
 from megatron_dppo.weights.image import create_image, image_tensors
 from megatron_dppo.weights.layout import Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.local import load_pieces, write_pieces
-from megatron_dppo.weights.sync import Held, save_checkpoint
+from megatron_dppo.weights.sync import Held
 from tests.tiny_models import (
     deepseek_config,
     hub_tensors,
@@ -101,7 +101,7 @@ def held_of(arch: Architecture, checkpoint: Path, dtype: torch.dtype) -> Held:
 def test_a_saved_checkpoint_replaces_the_old_one_and_says_its_dtype(checkpoint: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     for dtype in (torch.float32, torch.bfloat16):
-        save_checkpoint(held_by_one_rank(checkpoint, dtype), checkpoint, saved)
+        export_model(held_by_one_rank(checkpoint, dtype), checkpoint, saved)
         original, found = hub_tensors(checkpoint), hub_tensors(saved)
         assert original.keys() == found.keys()
         assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in original.items())
@@ -117,7 +117,7 @@ def test_multi_token_prediction_is_neither_loaded_nor_announced(checkpoint: Path
     extra = {"model.layers.4.eh_proj.weight": torch.ones(64, 128)}
     arch, path = broken(checkpoint, tmp_path, extra)
     assert json.loads((checkpoint / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    save_checkpoint(held_of(arch, path, torch.float32), checkpoint, tmp_path / "saved")
+    export_model(held_of(arch, path, torch.float32), checkpoint, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dppo.weights.hub_files import TensorInfo
+from megatron_dppo.weights.layout import Box
 from megatron_dppo.weights.recording import apply_step, record, steps, storage_of
 
 SHAPES = {
@@ -61,9 +62,10 @@ def numbers() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in SHAPES.items()}
 
 
-def cut(start: tuple[int, ...], stop: tuple[int, ...], rows: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def cut(box: Box, rows: int) -> list[Box]:
     """A box in parts of at most so many rows."""
-    return [((row, *start[1:]), (min(row + rows, stop[0]), *stop[1:])) for row in range(start[0], stop[0], rows)]
+    (first, *start), (last, *stop) = box.start, box.stop
+    return [Box(box.tensor, (row, *start), (min(row + rows, last), *stop)) for row in range(first, last, rows)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 100])
@@ -77,11 +79,11 @@ def test_what_was_recorded_is_repeated(rows: int) -> None:
     repeated = Worker("cpu")
     places = {storage_of(p): repeated.get_parameter(name).data.view(-1) for name, p in worker.named_parameters()}
     read = 0
-    for tensor, start, stop in recording.boxes():
-        for low, high in cut(start, stop, rows):
-            part = numbers()[tensor][tuple(slice(a, b) for a, b in zip(low, high, strict=True))].contiguous()
+    for box in recording.boxes():
+        for part_of in cut(box, rows):
+            part = numbers()[box.tensor][part_of.hub_index].contiguous()
             read += part.numel()
-            for step in steps(recording.copies[tensor], low, high):
+            for step in steps(recording.copies[box.tensor], part_of.start, part_of.stop):
                 apply_step(step, part.view(-1), places[step.target])
     assert read == 4 * 6 + 2 * 6 + 6 * 10 + 2 * 4 * 6 + 6 + 2 * 6  # `down` once, though it is copied twice
     for name, parameter in expected.named_parameters():
@@ -92,13 +94,13 @@ def test_what_was_recorded_is_repeated(rows: int) -> None:
 def test_boxes_are_those_a_worker_keeps() -> None:
     recording = record(Worker("meta").load_weights, TENSORS)
     assert list(recording.boxes()) == [
-        ("q", (4, 0), (8, 6)),
-        ("k", (2, 0), (4, 6)),
-        ("down", (0, 0), (6, 10)),
-        ("expert", (1, 0, 0), (2, 4, 6)),
-        ("expert", (2, 0, 0), (3, 4, 6)),
-        ("norm", (0,), (6,)),
-        ("table", (3, 0), (5, 6)),
+        Box("q", (4, 0), (8, 6)),
+        Box("k", (2, 0), (4, 6)),
+        Box("down", (0, 0), (6, 10)),
+        Box("expert", (1, 0, 0), (2, 4, 6)),
+        Box("expert", (2, 0, 0), (3, 4, 6)),
+        Box("norm", (0,), (6,)),
+        Box("table", (3, 0), (5, 6)),
     ]
 
 

@@ -16,22 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.rollout.engine import GroupUpdate
 from megatron_dppo.weights import transfer
+from megatron_dppo.weights.channels import GroupChannel, TransferError
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout
 from megatron_dppo.weights.ipc import IpcChannel
 from megatron_dppo.weights.layout import Box, Parallel, Piece, megatron_layout, parameter_shapes
 from megatron_dppo.weights.mapping import hub_dtypes, hub_shapes
 from megatron_dppo.weights.plan import Plan, sync_plan
 from megatron_dppo.weights.transfer import (
-    Channel,
     Receiver,
     Sender,
-    TransferError,
     check_share,
     join_as_rank,
     join_as_worker,
 )
+from megatron_dppo.weights.update import GroupUpdate
 from tests.weights.architectures import ARCHITECTURES, SMALL
 
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ class Job:
 
         def worker(instance: int, number: int) -> list[dict[str, Tensor]]:
             plan = Plan.from_bytes(self.plan.select(dst=number).to_bytes())
-            check_share(plan, [(box.tensor, box.start, box.stop) for box in self.boxes[number]])
+            check_share(plan, self.boxes[number])
             channels = join_as_worker(store, meeting(instance), number, workers, CPU)
             receiver = Receiver(plan, number, instance, *channels)
             assert receiver.staging_bytes <= 2 * (BUCKET_BYTES + 16 * ranks)
@@ -154,8 +153,8 @@ def test_a_damaged_message_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         job.run(hub_numbers(SMALL, 0))
 
 
-@pytest.mark.parametrize("kind", [Channel, IpcChannel])
-def test_who_stays_silent_is_named(kind: type[Channel]) -> None:
+@pytest.mark.parametrize("kind", [GroupChannel, IpcChannel])
+def test_who_stays_silent_is_named(kind: type[GroupChannel] | type[IpcChannel]) -> None:
     store = dist.HashStore()
     plan = Job(SMALL, Parallel(), EngineParallel(), 1).plan
     with ThreadPoolExecutor(2) as pool:
@@ -164,8 +163,8 @@ def test_who_stays_silent_is_named(kind: type[Channel]) -> None:
         Receiver(plan, 0, 0, ends[1]).receive(lambda *_: None)
 
 
-@pytest.mark.parametrize("kind", [Channel, IpcChannel])
-def test_who_does_not_come_is_named(kind: type[Channel]) -> None:
+@pytest.mark.parametrize("kind", [GroupChannel, IpcChannel])
+def test_who_does_not_come_is_named(kind: type[GroupChannel] | type[IpcChannel]) -> None:
     with pytest.raises(TransferError, match="channel alone: 2 processes did not meet in 1 s"):
         kind(dist.HashStore(), "alone", 0, 2, CPU, 1.0)
 
@@ -180,13 +179,12 @@ def test_a_plan_travels_unchanged() -> None:
 
 def test_a_plan_for_other_boxes_is_refused() -> None:
     job = Job(SMALL, Parallel(), EngineParallel(tensor=2), 1)
-    boxes = [[(box.tensor, box.start, box.stop) for box in worker] for worker in job.boxes]
     share = job.plan.select(dst=0)
-    check_share(share, boxes[0])
+    check_share(share, job.boxes[0])
     with pytest.raises(ValueError, match=r"the plan sends model.embed_tokens.weight \[0, 0\] to .* does not keep"):
-        check_share(share, boxes[1])
+        check_share(share, job.boxes[1])
     with pytest.raises(ValueError, match="the plan sends 0 elements of more, expected 6"):
-        check_share(share, [*boxes[0], ("more", (0,), (6,))])
+        check_share(share, [*job.boxes[0], Box("more", (0,), (6,))])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.data.turns import join_turns, without_last_token
-from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, PauseMode, Sampling, Update
+from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, PauseMode, Sampling
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.sglang.answer import RouteShape, parse_answer, parse_version, request_body
 from megatron_dppo.rollout.sglang.message import LOADER
@@ -30,6 +30,7 @@ from megatron_dppo.rollout.sglang.server import check_supported
 from megatron_dppo.rollout.sglang.sessions import ServerWeights, Sessions
 from megatron_dppo.rollout.sglang.shards import LoaderWeights
 from megatron_dppo.rollout.sglang.whole_tensors import BucketWeights
+from megatron_dppo.weights.update import Update
 
 MOST_CUTS = 20  # of a response, one after the other, that bring no token
 

@@ -7,7 +7,6 @@ the loaders' (`/begin_weight_update`, `/end_weight_update`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo.weights.hub_files import TensorInfo
-from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
-from megatron_dppo.weights.transfer import Index
-
-Box = tuple[str, Index, Index]
+from megatron_dppo.weights.layout import Box, Index
+from megatron_dppo.weights.recording import Recorded, Recording, apply_step, record, storage_of
 
 
-class Reload:
+class SglangReload:
     """What one worker's model takes of the hub tensors, and the taking (`worker_weights.Reload`)."""
 
     def __init__(self, model: Any, tensors: Mapping[str, TensorInfo]) -> None:
@@ -35,17 +32,10 @@ class Reload:
             recording = record(model.load_weights, tensors)
         names = {storage_of(parameter.data): name for name, parameter in parameters.items()}
         self.unreached = _unreached(recording, names)
-        self.whole = recording.whole
-        self.boxes: list[Box] = list(recording.boxes())
-        self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
+        self._recorded = Recorded(recording, tensors)
+        self.boxes, self.whole = self._recorded.boxes, self._recorded.whole
         self._names = names
-        self._steps: dict[Box, list[Step]] = {}
-        self._expected = sum(
-            math.prod(step.size)
-            for name, start, stop in self.boxes
-            for step in steps(self._copies[name], start, stop)
-        )  # fmt: skip
-        self.boxes += [(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
+        self._expected = self._recorded.expected.total()
         self._whole: dict[str, Tensor] = {}
         self._left = 0
         self._parameters: dict[str, Tensor] = {}
@@ -61,12 +51,9 @@ class Reload:
         if tensor in self.whole:
             self._whole[tensor] = part.clone()
             return
-        key = (tensor, start, stop)
-        if key not in self._steps:
-            self._steps[key] = list(steps(self._copies[tensor], start, stop))
-        for step in self._steps[key]:
+        for step in self._recorded.steps_of(Box(tensor, start, stop)):
             apply_step(step, part, self._parameters[self._names[step.target]])
-            self._left -= math.prod(step.size)
+            self._left -= step.numel
 
     def finish(self) -> None:
         """Ends the update. Raises RuntimeError where parts are missing; the weights are a mixture then."""

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from megatron_dppo.rollout.engine import EngineError, Update
+from megatron_dppo.rollout.engine import EngineError
 from megatron_dppo.rollout.http_client import HttpClient
+from megatron_dppo.weights.update import Update
 
 NO_SESSION, SESSION_OPEN = "no weight-update session is open", "session is already open"
 

@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from megatron_dppo.architecture import Architecture
-from megatron_dppo.rollout.engine import UNUSABLE, EngineBadAnswer, EngineError, EngineUnreachable, Update
+from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang.answer import wire_version
 from megatron_dppo.rollout.sglang.message import LOADER, Call, answer_key
 from megatron_dppo.rollout.sglang.sessions import Sessions
 from megatron_dppo.weights.image import shown
+from megatron_dppo.weights.update import UNUSABLE, Update
 
 STORE_TIMEOUT = timedelta(seconds=30)
 

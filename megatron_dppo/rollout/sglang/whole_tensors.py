@@ -24,13 +24,14 @@ from torch.distributed import distributed_c10d
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout.engine import UNUSABLE, EngineError, Manifest, Update
+from megatron_dppo.rollout.engine import EngineError
 from megatron_dppo.rollout.http_client import HttpClient
 from megatron_dppo.rollout.sglang.answer import wire_version
 from megatron_dppo.rollout.sglang.sessions import Sessions
 from megatron_dppo.rollout.sglang.shards import own_address
 from megatron_dppo.weights.image import checked_tensors, map_tensors, shown
 from megatron_dppo.weights.mapping import hub_shapes
+from megatron_dppo.weights.update import UNUSABLE, FileUpdate, Update
 
 BUCKET_BYTES = 512 << 20
 GROUP_TIMEOUT = timedelta(seconds=120)
@@ -48,7 +49,7 @@ class BucketWeights:
 
     def __init__(self, http: HttpClient, sessions: Sessions, arch: Architecture, *, workers: int) -> None:
         self._http, self._sessions, self._arch, self._workers = http, sessions, arch, workers
-        self._staged: Manifest | None = None
+        self._staged: FileUpdate | None = None
         self._group: dist.ProcessGroup | None = None
         self._meeting: dist.TCPStore | None = None  # where its members find each other; served here
         self._group_name = ""
@@ -65,7 +66,7 @@ class BucketWeights:
         raise EngineError(self._http.url, "checksum: a server without our loader does not take fingerprints")
 
     async def hand_over(self, update: Update, updates: int) -> None:
-        if not isinstance(update, Manifest):
+        if not isinstance(update, FileUpdate):
             await self.layouts()  # says why not
             return
         self._staged = None
@@ -77,9 +78,9 @@ class BucketWeights:
         self._staged = update
 
     async def put_in_use(self, version: int, updates: int) -> int:
-        manifest, self._staged = self._staged, None
-        assert manifest is not None, "the client hands over before it commits"
-        tensors = dict(map_tensors(manifest))
+        update, self._staged = self._staged, None
+        assert update is not None, "the client hands over before it commits"
+        tensors = dict(map_tensors(update))
         unusable = wire_version(UNUSABLE, updates)
         if not self._proved:
             await self._check_weights("checksum")  # before anything is lost: some versions cannot, on a CPU

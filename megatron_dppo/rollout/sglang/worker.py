@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_dppo.control import connect_store
 from megatron_dppo.rollout.sglang.message import Call, answer_key
-from megatron_dppo.rollout.sglang.reload import Reload
+from megatron_dppo.rollout.sglang.reload import SglangReload
 from megatron_dppo.rollout.worker_weights import WorkerWeights, answering
 
 ANSWER_TIMEOUT_S = 30.0  # for the client's store
@@ -47,7 +47,7 @@ def _of(model: torch.nn.Module, wanted: Call) -> WorkerWeights:
             worker=dist.get_rank(),
             model_dir=Path(wanted.model_dir),
             device=device,
-            make_reload=lambda tensors: Reload(model, tensors),
+            make_reload=lambda tensors: SglangReload(model, tensors),
         )
     return _weights[id(model)]
 

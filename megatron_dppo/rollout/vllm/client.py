@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dppo.data.trajectory import Trajectory
-from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, PauseMode, Sampling, Update
+from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, PauseMode, Sampling
 from megatron_dppo.rollout.http_client import MESSAGE_CHARS
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.vllm.answer import parse_answer, request_body
+from megatron_dppo.weights.update import Update
 
 # vLLM's name of a request: ours, and a suffix of its own.
 AT_SERVER = re.compile("generate-tokens-(.*?)(-[0-9a-f]{8})?")

@@ -23,18 +23,14 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 from megatron_dppo.rollout.vllm import cpu as vllm_cpu
 from megatron_dppo.weights.hub_files import TensorInfo
-from megatron_dppo.weights.recording import Recording, Step, apply_step, record, steps, storage_of
-from megatron_dppo.weights.transfer import Index
+from megatron_dppo.weights.layout import Box, Index
+from megatron_dppo.weights.recording import Recorded, Recording, apply_step, record, storage_of
 
-Box = tuple[str, Index, Index]
 NEVER = -(1 << 60)  # elements loaded so far, while recording: no layer is ever complete
 
 
-class Reload:
-    """What one worker's model takes of the hub tensors, and the taking.
-
-    `boxes`: (tensor, start, stop) of what it keeps, each element once; all of a tensor in `whole` (name -> why).
-    """
+class VllmReload:
+    """What one worker's model takes of the hub tensors, and the taking (`worker_weights.Reload`)."""
 
     def __init__(self, model: Any, model_config: Any, tensors: Mapping[str, TensorInfo]) -> None:
         """Follows the loaders; the model is left as it is. `tensors`: all of the checkpoint, under the hub's names."""
@@ -60,24 +56,17 @@ class Reload:
         for tensor, before in in_use:
             tensor.data.copy_(before)
         _widen_whole(recording, {target: module for target, (module, _) in owners.items()})
-        self.whole = recording.whole
+        self._recorded = Recorded(recording, tensors)
+        self.boxes, self.whole = self._recorded.boxes, self._recorded.whole
         self.unreached: list[str] = []  # vLLM does not start with such a parameter
-        self.boxes: list[Box] = list(recording.boxes())
-        self._copies = {name: copies for name, copies in recording.copies.items() if name not in self.whole}
         self._owners = owners
-        self._steps: dict[Box, list[Step]] = {}
-        expected: Counter[int] = Counter()  # elements that arrive for each parameter
-        for name, start, stop in self.boxes:
-            for step in steps(self._copies[name], start, stop):
-                expected[step.target] += math.prod(step.size)
         self._expected: Counter[nn.Module] = Counter()
         self._padded: dict[nn.Module, list[str]] = {}  # parameters with elements that are in no box: zero
-        for target, count in expected.items():
+        for target, count in self._recorded.expected.items():
             module, name = owners[target]
             self._expected[module] += count
             if count < getattr(module, name).numel():
                 self._padded.setdefault(module, []).append(name)
-        self.boxes += [(name, (0,) * len(tensors[name].shape), tensors[name].shape) for name in self.whole]
 
     def begin(self) -> None:
         """Starts an update; the model cannot compute until `finish`. May follow an update that was not finished."""
@@ -93,15 +82,12 @@ class Reload:
         if tensor in self.whole:
             self._model.load_weights([(tensor, part.clone())])
             return
-        key = (tensor, start, stop)
-        if key not in self._steps:
-            self._steps[key] = list(steps(self._copies[tensor], start, stop))
-        for step in self._steps[key]:
+        for step in self._recorded.steps_of(Box(tensor, start, stop)):
             module, name = self._owners[step.target]
             if module not in self._begun:
                 self._begin_layer(module)
             apply_step(step, part, getattr(module, name).data)
-            self._left[module] -= math.prod(step.size)
+            self._left[module] -= step.numel
             if not self._left[module]:
                 _layerwise_process(module, get_layerwise_info(module))
 

@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
 from megatron_dppo.rollout.vllm import cpu as vllm_cpu
-from megatron_dppo.rollout.vllm.reload import Reload
+from megatron_dppo.rollout.vllm.reload import VllmReload
 from megatron_dppo.rollout.vllm.server import TRANSFER_BACKEND
 from megatron_dppo.rollout.worker_weights import WorkerWeights, answering
 
@@ -66,7 +66,7 @@ class WeightEngine(WeightTransferEngine[Init, Update]):
             worker=int(parallel.data_parallel_index * parallel.world_size + parallel.rank),
             model_dir=Path(self.model_config.model),
             device=torch.device("cpu" if current_platform.is_cpu() else f"cuda:{torch.cuda.current_device()}"),
-            make_reload=lambda tensors: Reload(self.model, self.model_config, tensors),
+            make_reload=lambda tensors: VllmReload(self.model, self.model_config, tensors),
         )
 
     def init_transfer_engine(self, init_info: Init) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_dppo.routing.codec import LEAST_ROWS, check_not_constant, check_routes
+from megatron_dppo.rollout.routes import LEAST_ROWS, check_not_constant, check_routes
 
 EXPERTS, LAYERS, TOPK = 8, 3, 2
 

@@ -1,1 +1,0 @@
-"""Recorded choices of routers: what is checked of them."""
