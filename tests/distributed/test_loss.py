@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dppo.config import Config
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.trajectory import Scored, load_batch
 from megatron_dppo.weights.layout import Parallel
@@ -24,13 +25,13 @@ from tests.distributed.test_layouts import Case, config
 from tests.distributed.test_trainer import samples
 from tests.tiny_models import hub_tensors, read_checkpoint, tiny_config, tiny_model, write_checkpoint
 
-CAP, BONUS, BETA, CONSTANT = 1.5, 0.3, 0.7, 5
+CAP, BONUS, BETA, CONSTANT, TEMPERATURE = 1.5, 0.3, 0.7, 5, 0.7
 ONE = Case(Parallel(), optimizer="sgd", distributed=False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("policy") / "model", tiny_model(tiny_config(), seed=5))
+    return write_checkpoint(tmp_path_factory.mktemp("policy") / "model", tiny_model(tiny_config(), seed=13))
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,15 @@ def log_probs(model: Any, sample: Scored, temperature: float) -> Tensor:
     return torch.log_softmax(logits / temperature, -1)[torch.from_numpy(t.loss_mask.copy())]
 
 
-def by_hand(
-    policy: Path, reference: Path, scored: list[Scored], temperature: float, normaliser: str
-) -> tuple[float, dict[str, np.ndarray]]:
-    """-sum_t w_t ((min(r, C) A - beta min(r, C) (log pi - log ref)) log pi + bonus H) over the normaliser's divisor, in
-    which the coefficients are constants; and its gradient."""
-    model, frozen = read_checkpoint(policy), read_checkpoint(reference)
+def trainable(path: Path) -> Any:
+    model = read_checkpoint(path)
     model.model.embed_tokens.padding_idx = None  # of which transformers keeps no gradient
+    return model
+
+
+def loss_by_hand(model: Any, frozen: Any, scored: list[Scored], temperature: float, normaliser: str) -> Tensor:
+    """-sum_t w_t ((min(r, C) A - beta min(r, C) (log pi - log ref)) log pi + bonus H) over the normaliser's divisor, in
+    which the coefficients are constants."""
     loss, divisor = torch.zeros(()), 0
     for sample in scored:
         counted = sample.trajectory.loss_mask
@@ -68,36 +71,107 @@ def by_hand(
         tokens = int(counted.sum())
         loss = loss - (terms / tokens if normaliser == "sequences" else terms)
         divisor += {"tokens": tokens, "sequences": 1, "constant": CONSTANT}[normaliser]
-    (loss / divisor).backward()
-    gradients = {
-        hub: g for name, p in model.named_parameters() if p.grad is not None for hub, g in _hub(name, p.grad.numpy())
-    }
-    return float(loss.detach()) / divisor, gradients
+    return loss / divisor
+
+
+def settings_of(checkpoint: Path, reference: Path, temperature: float, normaliser: str, **training: Any) -> Config:
+    """A capped ratio, an entropy bonus and a reference of its own."""
+    loss = {
+        "normaliser": normaliser,
+        "entropy_coefficient": BONUS,
+        "kl": {"coefficient": BETA, "estimator": "k3", "reference": str(reference)},
+    } | ({"constant": CONSTANT} if normaliser == "constant" else {})
+    plain = config(ONE, checkpoint)
+    return config(
+        ONE,
+        checkpoint,
+        loss=loss,
+        rollout=plain.rollout.model_dump() | {"temperature": temperature},
+        objective={"name": "pg_tis", "cap": CAP},
+        training=plain.training.model_dump() | training,
+    )
 
 
 @pytest.mark.parametrize("normaliser", ["tokens", "sequences", "constant"])
 def test_every_term_of_the_loss_equals_transformers(
     ranks: RankPool, checkpoint: Path, reference: Path, tmp_path: Path, normaliser: str
 ) -> None:
-    """At a temperature that is not 1, with a capped ratio, an entropy bonus and a reference of its own."""
+    """At a temperature that is not 1."""
     batch, groups = samples(checkpoint)
-    temperature = 0.7
-    loss = {
-        "normaliser": normaliser,
-        "entropy_coefficient": BONUS,
-        "kl": {"coefficient": BETA, "estimator": "k3", "reference": str(reference)},
-    } | ({"constant": CONSTANT} if normaliser == "constant" else {})
-    rollout = config(ONE, checkpoint).rollout.model_dump() | {"temperature": temperature}
-    objective = {"name": "pg_tis", "cap": CAP}
-    settings = config(ONE, checkpoint, loss=loss, rollout=rollout, objective=objective)
+    settings = settings_of(checkpoint, reference, TEMPERATURE, normaliser)
     order = place_batch(tmp_path, 0, load_batch(batch), groups, settings)
     (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
-    value, gradients = by_hand(checkpoint, reference, load_batch(batch), temperature, normaliser)
-    assert found.metrics[0]["loss"] == pytest.approx(value, rel=1e-5)
+    model = trainable(checkpoint)
+    loss = loss_by_hand(model, read_checkpoint(reference), load_batch(batch), TEMPERATURE, normaliser)
+    loss.backward()
+    gradients = {hub: g for name, p in model.named_parameters() for hub, g in _hub(name, p.grad.numpy())}
+    assert found.metrics[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert found.gradients.keys() == gradients.keys()
     for name, expected in gradients.items():
         error = np.linalg.norm(found.gradients[name] - expected) / np.linalg.norm(expected)
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+
+
+def test_three_steps_equal_torchs_adamw(ranks: RankPool, checkpoint: Path, reference: Path, tmp_path: Path) -> None:
+    """With numbers of Adam that are no defaults, and the gradient clipped in every step."""
+    batch, groups = samples(checkpoint)
+    settings = settings_of(
+        checkpoint, reference, TEMPERATURE, "sequences",
+        optimizer="adam", lr=2e-4, beta1=0.6, beta2=0.7, eps=1e-4, weight_decay=0.2, no_weight_decay=[], clip_grad=0.5,
+    )  # fmt: skip
+    order = place_batch(tmp_path, 0, load_batch(batch), groups, settings)
+    (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 3, tmp_path)
+    assert found.margin >= 1e-5  # or a rounding error would take another expert
+    model, frozen = trainable(checkpoint), read_checkpoint(reference)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
+    adam = torch.optim.AdamW([{"params": matrices}, vectors], lr=2e-4, betas=(0.6, 0.7), eps=1e-4, weight_decay=0.2)
+    for step in range(3):
+        adam.zero_grad()
+        loss = loss_by_hand(model, frozen, load_batch(batch), TEMPERATURE, "sequences")
+        assert found.metrics[step]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        assert found.metrics[step]["grad_norm"] == pytest.approx(float(norm), rel=1e-3) and norm > 0.5
+        adam.step()
+    before = hub_tensors(checkpoint)
+    after = {hub: value for name, p in model.named_parameters() for hub, value in _hub(name, p.detach().numpy())}
+    for name, expected in after.items():
+        moved, should = found.weights[name] - before[name].numpy(), expected - before[name].numpy()
+        error = np.linalg.norm(moved - should) / np.linalg.norm(should)
+        assert error <= 1e-3, f"{name}: relative error {error:.1e}"
+
+
+def test_metrics_are_means_over_the_tokens_that_they_name(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    batch, groups = samples(checkpoint)
+    settings = config(ONE, checkpoint, objective={"name": "dppo_binary_tv", "delta_low": 0.05, "delta_high": 0.1})
+    order = place_batch(tmp_path, 0, load_batch(batch), groups, settings)
+    (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+    model, per_token = read_checkpoint(checkpoint), []
+    for sample in load_batch(batch):
+        counted = sample.trajectory.loss_mask
+        with torch.no_grad():
+            log_p = log_probs(model, sample, 1.0)
+        chosen = log_p.gather(1, torch.from_numpy(sample.trajectory.response_ids[counted]).long()[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        of_sample = (chosen.numpy(), entropy.numpy(), sample.trajectory.rollout_logprobs[counted])
+        per_token.append(np.stack([*of_sample, sample.advantage[counted]]).astype(np.float64))
+    log_pi, entropy_T, log_mu, advantage = np.concatenate(per_token, axis=1)
+    ratio, distance = np.exp(log_pi - log_mu), np.abs(np.exp(log_pi) - np.exp(log_mu))
+    rising, falling = (advantage > 0) & (ratio > 1), (advantage < 0) & (ratio < 1)
+    expected = {
+        "tokens": len(log_pi),
+        "mean_abs_pi_minus_mu": distance.mean(),
+        "mismatch": distance.mean(),
+        "divergence": distance.mean(),
+        "entropy": entropy_T.mean(),
+        "kl_mu_pi": (ratio - 1 - np.log(ratio)).mean(),
+        "masked_share_positive": (rising & (distance > 0.1)).sum() / (advantage > 0).sum(),
+        "masked_share_negative": (falling & (distance > 0.05)).sum() / (advantage < 0).sum(),
+        "bad_update_share": (falling & (distance >= 0.5)).sum() / (advantage < 0).sum(),
+    }
+    assert {name: found.metrics[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert all(value > 0 for value in expected.values()) and (advantage > 0).sum() != (advantage < 0).sum()
 
 
 def test_a_gradient_step_is_as_long_as_the_clipped_gradient(ranks: RankPool, checkpoint: Path, tmp_path: Path) -> None:
