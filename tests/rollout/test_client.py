@@ -1,10 +1,12 @@
-"""What the rollout client decides by itself: how a step's samples are divided, and when a run is over.
+"""What the rollout client decides by itself: how a step's samples are divided, when a run is over,
+which engines will do.
 
 The whole of it, with real engines and ranks: tests/engines/test_job.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import numpy as np
 import pytest
 
 from megatron_dppo.config import Config
-from megatron_dppo.rollout.client import Client, place_batch
+from megatron_dppo.rollout.client import Client, check_engine, place_batch
+from megatron_dppo.rollout.engine import Capabilities
 from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch
+from tests.tiny_models import tiny_config
 
 GROUPS, SIZE, STEPS = 4, 3, 5
+ROLLOUT = {"max_response_tokens": 8, "prompts_per_step": GROUPS, "samples_per_prompt": SIZE}
 
 
 def config(**sections: Any) -> Config:
-    rollout = {"max_response_tokens": 8, "prompts_per_step": GROUPS, "samples_per_prompt": SIZE}
     training = {"steps": STEPS, "minibatches": 1, "micro_batch_tokens": 16, "lr": 1e-3}
     return Config.model_validate(
         {
@@ -27,7 +31,7 @@ def config(**sections: Any) -> Config:
             "model": {"path": "unused"},
             "data": {"train": "unused", "max_prompt_tokens": 8},
             "reward": {"name": "final_answer"},
-            "rollout": rollout,
+            "rollout": ROLLOUT,
             **sections,
             "training": training | sections.get("training", {}),
         }
@@ -93,3 +97,44 @@ def test_a_run_is_over_when_every_set_is_good_enough_or_its_steps_are_done(
     settings = config(evaluation={"target_accuracy": 0.9})
     client = Client(settings, nobody, nobody, nobody, nobody, Path("nowhere"), {})
     assert client._reason_to_stop(step, evaluation) == reason
+
+
+GOOD = Capabilities(
+    engine="vllm",
+    engine_version="0",
+    vocab_size=64,
+    max_model_len=8 + 8,
+    max_logprobs=4 + 1,  # the sampled token beside the objective's four
+    routed_experts=True,
+    moe_layers=(0, 1),
+    dtype="float32",
+    seeds=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"vocab_size": 63}, "a vocabulary of 63, expected the model's 64"),
+        ({"dtype": "bfloat16"}, "dtype bfloat16, expected rollout.dtype float32"),
+        ({"max_model_len": 15}, "a context of 15, expected at least prompt [+] response = 16"),
+        ({"max_logprobs": 4}, "at most 4 log-probs, expected 5"),
+        ({"routed_experts": False}, "no recorded routes"),
+        ({"moe_layers": (1,)}, r"routes of layers \(1,\), expected the model's \(0, 1\)"),
+        ({"dtype": "bfloat16", "vocab_size": 63}, "a vocabulary of 63.*; dtype bfloat16"),
+    ],
+)
+def test_an_engine_that_just_will_not_do_is_refused(tmp_path: Path, changes: dict[str, Any], fault: str | None) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    settings = config(
+        model={"path": str(tmp_path)},
+        rollout={**ROLLOUT, "dtype": "float32"},
+        routing={"mode": "rollout"},
+        objective={"name": "dppo_topk_tv", "top_k": 4},
+    )
+    if fault is None:
+        check_engine("here", replace(GOOD, **changes), settings)
+        return
+    with pytest.raises(ValueError, match=f"engine here: got {fault}"):
+        check_engine("here", replace(GOOD, **changes), settings)
