@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_dppo.config import Config
+from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch
 from megatron_dppo.rollout.client import Client, check_engine, place_batch
 from megatron_dppo.rollout.engine import Capabilities
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch
 from tests.tiny_models import tiny_config
 
 GROUPS, SIZE, STEPS = 4, 3, 5
