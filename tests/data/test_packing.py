@@ -75,6 +75,12 @@ def test_context_ranks_share_every_sequence() -> None:
     assert one.mu_logprob.tolist() == [-2.0, -3.0, -4.0, -2.0] and one.weight.tolist() == [0.25, 0.25, 0.25, 1.0]
     assert (zero.count, one.count) == (2, 0)  # of the divisor, once
     assert zero.cu_seqlens is whole.cu_seqlens
+    without = build_micro_batch(
+        [sample([5, 6], [7, 8, 9, 10], [True] * 4, 0.0), second],
+        num_topk=0, length_multiple=4, sequence_multiple=4, skip_zero_advantage=True,
+    )  # fmt: skip
+    zero, one = (context_share(without, 2, rank) for rank in range(2))
+    assert (zero.skipped, one.skipped) == (4, 0) and (zero.count, one.count) == (5, 0)  # once, too
 
 
 def routed(scored: Scored, first_id: int) -> Scored:

@@ -176,16 +176,16 @@ def interrupted_steps(
 
 
 def poisoned_step(rank: Rank, path: Path, where: str) -> str:
-    """What the optimizer says of a NaN, and whether it left the weights alone."""
+    """What the optimizer says of a NaN in the loss, or in the gradient of a part of layer 1's MLP, and whether it left
+    the weights alone."""
     model = model_of(rank, path)
     optimizer = Optimizer(model.chunks, OptimizerSettings(lr=1.0), dtype=torch.float32, distributed=True)
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
     optimizer.zero()
     loss = torch.tensor(torch.nan if where == "loss" and rank.rank == 1 else 1.0)
-    if where == "gradient" and rank.rank == 0:
-        dict(optimizer.chunks[0].module.named_parameters())["decoder.layers.1.mlp.router.weight"].main_grad[0, 0] = (
-            torch.inf
-        )
+    if where != "loss" and rank.rank == 0:
+        parameters = dict(optimizer.chunks[0].module.named_parameters())
+        parameters[f"decoder.layers.1.mlp.{where}.weight"].main_grad[0, 0] = torch.inf
     try:
         optimizer.step(watch={"the loss of micro-batch 0": loss})
     except NonFinite as error:

@@ -21,7 +21,7 @@ from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import proof
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_gradients import _hub
-from tests.distributed.test_layouts import MODELS, MOE_LAYERS, TP2_EP2_PP2, Case, config, with_routes
+from tests.distributed.test_layouts import CP2_VPP2, MODELS, MOE_LAYERS, TP2_EP2_PP2, Case, config, with_routes
 from tests.distributed.test_trainer import samples
 from tests.tiny_models import deepseek_config, read_checkpoint, tiny_model, write_checkpoint
 
@@ -112,6 +112,35 @@ def test_forced_experts_equal_transformers(
     without = unforced.metrics[0]["mismatch"]
     assert found.metrics[0]["mismatch_without_replay"] == pytest.approx(without, rel=1e-6)
     assert found.metrics[0]["mismatch"] != pytest.approx(without, rel=1e-2)
+
+
+@pytest.mark.parametrize("parallel", [TP2_EP2_PP2, CP2_VPP2], ids=["tp2 x ep2 x pp2", "cp2 x vpp2"])
+def test_agreement_is_of_all_ranks(ranks: RankPool, checkpoint: Path, tmp_path: Path, parallel: Parallel) -> None:
+    """Of the layers of every stage and the tokens of every rank: what one rank alone finds."""
+    batch, groups = samples(checkpoint)
+    scored = with_routes(load_batch(batch))
+    found = []
+    for layout in (Parallel(), parallel):
+        routing = {"mode": "rollout", "measure_every": 1}
+        settings = config(Case(layout, optimizer="sgd", distributed=False, replay=True), checkpoint, routing=routing)
+        order = place_batch(tmp_path, 0, scored, groups, settings)
+        metrics = ranks.run(proof, layout, checkpoint, settings, order, 1, tmp_path)[0].metrics[0]
+        found.append({name: value for name, value in metrics.items() if "agreement" in name or "mismatch" in name})
+    assert {f"route_agreement/{layer}" for layer in MOE_LAYERS} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_the_old_policy_is_computed_with_the_routes_that_are_replayed(
+    ranks: RankPool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Before any weight has moved it is the policy, however far from both is what the engine recorded."""
+    batch, groups = samples(checkpoint)
+    case = Case(Parallel(), optimizer="sgd", distributed=False, replay=True)
+    settings = config(case, checkpoint, objective={"name": "dppo_binary_tv_decoupled"})
+    order = place_batch(tmp_path, 0, with_routes(load_batch(batch)), groups, settings)
+    (found,) = ranks.run(proof, Parallel(), checkpoint, settings, order, 1, tmp_path)
+    assert found.metrics[0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert found.metrics[0]["mismatch"] > 0.1
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), TP2_EP2_PP2], ids=["one rank", "tp2 x ep2 x pp2"])

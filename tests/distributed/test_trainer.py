@@ -267,7 +267,13 @@ def test_the_reference_stays(ranks: RankPool, checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("layout", "training"),
-    [("tp2_ep2", {}), ("pp2", {"recompute": "full"}), ("cp2", {}), ("dp2_ep2", {"packed": False})],
+    [
+        ("tp2_ep2", {}),
+        ("pp2", {"recompute": "full"}),
+        ("cp2", {}),
+        ("dp2_ep2", {"packed": False}),
+        ("tp2_ep2_pp2", {}),  # the experts are on the second stage, which has to divide the padding itself
+    ],
     ids=str,
 )
 def test_experts_move_by_the_tokens_they_get(
@@ -303,7 +309,11 @@ def test_the_mismatch_is_of_the_first_minibatch_only(ranks: RankPool, checkpoint
     ("where", "message"),
     [
         ("loss", "got inf or NaN in the loss of micro-batch 0 (rank 1)"),
-        ("gradient", "got inf or NaN in the gradient of decoder.layers.1.mlp.router.weight (rank 0)"),
+        ("router", "got inf or NaN in the gradient of decoder.layers.1.mlp.router.weight (rank 0)"),
+        (  # gradients of experts are in buffers of their own
+            "experts.local_experts.3.linear_fc2",
+            "got inf or NaN in the gradient of decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight (rank 0)",
+        ),
     ],
 )
 def test_a_nan_stops_before_any_weight_moves(ranks: RankPool, checkpoint: Path, where: str, message: str) -> None:

@@ -160,6 +160,13 @@ def test_scripts_are_shell(script: Path) -> None:
         assert script.stem in list(Kind) and script.read_text().startswith("#!/usr/bin/env bash\n")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind.trains])
+def test_a_job_that_trains_may_be_requeued_and_keeps_its_output(kind: Kind) -> None:
+    """Where the cluster's JobRequeue is 0, `scontrol requeue` refuses a job that did not ask for it."""
+    words = (LAUNCHERS / "slurm" / f"{kind}.sbatch").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(words)
+
+
 @pytest.fixture
 def good_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe passes without its input files."""

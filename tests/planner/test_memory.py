@@ -36,6 +36,14 @@ def test_qwen3_30b_at_tp4_ep8_by_hand() -> None:
     assert found.needed == found.peak + 5 * 2**30
 
 
+def test_replicas_share_a_stages_state() -> None:
+    """Of 16 ranks in two stages: the dense layers have 16 / (4 x 2) replicas, the experts 16 / (2 x 2)."""
+    found = memory(parallel={"pipeline": 2, "expert": 2})
+    expert = 24 * 64 * 3 * 768 * 2048  # half of the layers, half of the experts
+    dense = found.weights // 2 - expert
+    assert found.optimizer == 12 * (dense // 2 + expert // 4)
+
+
 def test_adam_without_sharding_and_on_the_host() -> None:
     assert memory(parallel={"distributed_optimizer": False}).optimizer == 12 * (DENSE + EXPERT)
     offloaded = memory(training={"offload_optimizer": True})

@@ -214,6 +214,30 @@ def test_what_it_answered_before_anybody_noticed_is_sampled_again(orders: Any) -
     assert [found for *_, found in run(body)] == [3] * 6
 
 
+def test_what_it_answered_before_an_update_found_out_is_sampled_again(orders: Any) -> None:
+    """A batch is still being sampled when an update meets a restarted engine, which has answered some of it."""
+    a, b = engines = [Engine("a"), Engine("b")]
+    fleet = Fleet(engines, orders, transport="shm")
+
+    async def body() -> list[Any]:
+        await fleet.update(3)
+        b.restart()
+        generate, go_on = a.generate, asyncio.Event()
+
+        async def slow(*args: Any, **kwargs: Any) -> Any:
+            await go_on.wait()
+            return await generate(*args, **kwargs)
+
+        a.generate = slow  # type: ignore[method-assign]
+        sampling = asyncio.create_task(fleet.sample(requests(6)))
+        await asyncio.sleep(0.02)  # b has answered, from the weights of its start
+        await fleet.update(4)
+        go_on.set()
+        return await sampling
+
+    assert [(url, found) for url, _, found in run(body)] == [("a", 4), ("b", 4)] * 3
+
+
 def test_an_engine_that_comes_back_as_another_ends_the_wait_of_all(orders: Any) -> None:
     engine = Engine("a")
 
@@ -283,6 +307,22 @@ def test_the_last_engine_is_waited_for(orders: Any, during: str) -> None:
 
     version = 4 if during == "an update" else 3
     assert [found for *_, found in run(body)] == [version] * 5
+
+
+def test_the_last_engine_is_met_anew_when_it_is_back(orders: Any) -> None:
+    """It was alone in its group, so that who meets is the same as before; its workers are not."""
+    engine = Engine("a")
+    fleet = Fleet([engine], orders, transport="group")
+
+    async def body() -> list[Any]:
+        await fleet.update(3)
+        engine.up = False
+        asyncio.get_running_loop().call_later(0.05, engine.restart)
+        return await fleet.sample(requests(2))
+
+    assert [found for *_, found in run(body)] == [3, 3]
+    assert [order["version"] for order in orders.done] == [3, 3]
+    assert len({order["generation"] for order in orders.done}) == 2
 
 
 def test_patience_ends_for_everybody(orders: Any) -> None:

@@ -1,13 +1,14 @@
 """How far ahead of training is sampled, what is too old, and what a checkpoint keeps of it.
 
-The sampler here is told what to return; the real one with a real engine: tests/engines/test_job.py.
+The sampler of `Ahead` is told what to return. The real one asks engines that answer at once; with a real engine:
+tests/engines/test_job.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from megatron_dppo.config import Config
-from megatron_dppo.data.prompts import Prompt
+from megatron_dppo.data.prompts import Prompt, batch_indices
+from megatron_dppo.data.rewards import FinalAnswer
 from megatron_dppo.data.trajectory import Scored, Trajectory
+from megatron_dppo.rollout.fleet import Request
 from megatron_dppo.rollout.sampler import Ahead, Batch, TooOld, batch_metrics
 from megatron_dppo.rollout.sampler import Sampler as RealSampler
 
@@ -189,3 +192,63 @@ def test_what_sampling_raises_comes_out_where_it_is_waited_for() -> None:
         await ahead.close()
 
     asyncio.run(run())
+
+
+class Engines:
+    """Answer each request with the id of its prompt, but for the second of a prompt's samples, which is wrong."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    async def sample(self, requests: Sequence[Request]) -> list[Trajectory]:
+        self.asked += requests
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Trajectory:
+        wrong = int(request.request_id.partition("-")[2]) % SIZE == 1
+        sample = scored(request.request_id, [0])
+        ids = np.array([99 if wrong else request.prompt_ids[0]], np.int32)
+        prompt_ids = np.array(request.prompt_ids, np.int32)
+        return replace(sample.trajectory, response_ids=ids, prompt_ids=prompt_ids, group_id=request.group_id)
+
+
+class Tokenizer:
+    def batch_decode(self, ids: Sequence[np.ndarray], **_: Any) -> list[str]:
+        return [">" + ",".join(map(str, of_one)) for of_one in ids]
+
+
+def real_sampler(seed: int = 0) -> tuple[RealSampler, Engines]:
+    """Of seven prompts, each with an answer of its own."""
+    settings, engines = config(), Engines()
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": seed})})
+    prompts = [Prompt(i, "", str(i), np.array([i], np.int32)) for i in range(7)]
+    return RealSampler(settings, engines, Tokenizer(), prompts, FinalAnswer(), None), engines  # type: ignore[arg-type]
+
+
+def groups_of(sampler: RealSampler, step: int, groups: Sequence[int] = range(PROMPTS)) -> list[Scored]:
+    return asyncio.run(sampler.groups(step, groups, {}))
+
+
+def test_each_answer_is_scored_against_its_own_prompts_and_compared_within_its_group() -> None:
+    sampler, _ = real_sampler()
+    found = groups_of(sampler, 2)
+    prompts = batch_indices(2, PROMPTS, 7, 0).tolist()
+    assert [int(s.trajectory.prompt_ids[0]) for s in found] == [prompt for prompt in prompts for _ in range(SIZE)]
+    assert [s.rewards["reward"] for s in found] == [1.0, 0.0] * PROMPTS
+    assert [s.advantage.tolist() for s in found] == [[0.5], [-0.5]] * PROMPTS
+    # some groups alone, as where others were too old: the same requests
+    assert [s.trajectory.sample_id for s in groups_of(sampler, 2, [2, 0])] == ["2-4", "2-5", "2-0", "2-1"]
+
+
+def test_no_two_samples_of_a_run_have_the_same_seed() -> None:
+    """Not in a step and not between steps; nor those of a run with another seed. A sample's own is the same again."""
+
+    def seeds(of_run: int) -> list[int | None]:
+        sampler, engines = real_sampler(of_run)
+        for step in range(3):
+            groups_of(sampler, step)
+        return [request.sampling.seed for request in engines.asked]
+
+    zero, one = seeds(0), seeds(1)
+    assert len({*zero, *one}) == len(zero) + len(one) == 2 * 3 * PROMPTS * SIZE
+    assert seeds(0) == zero

@@ -138,13 +138,15 @@ def test_every_worker_gets_its_boxes(
     job.check(job.run(*hubs), hubs)
 
 
-def test_a_damaged_message_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", [3, -9], ids=["begin", "end"])
+def test_a_damaged_message_is_named(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Wherever the damage is: behind the last number is only the checksum, of 8 bytes."""
     pack = transfer._pack
 
     def damage(message: transfer.Message, buffer: Tensor, parameters: Any) -> None:
         pack(message, buffer, parameters)
         if any(part.tensor == "model.layers.2.input_layernorm.weight" for part in message.parts):
-            buffer[3] ^= 1
+            buffer[place] ^= 1
 
     monkeypatch.setattr(transfer, "_pack", damage)
     monkeypatch.setattr("tests.weights.test_transfer.TIMEOUT_S", 2.0)
