@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config
 from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch
 from megatron_dppo.rollout.client import Client, check_engine, place_batch
@@ -133,8 +134,9 @@ def test_an_engine_that_just_will_not_do_is_refused(tmp_path: Path, changes: dic
         routing={"mode": "rollout"},
         objective={"name": "dppo_topk_tv", "top_k": 4},
     )
+    arch = load_architecture(tmp_path)
     if fault is None:
-        check_engine("here", replace(GOOD, **changes), settings)
+        check_engine("here", replace(GOOD, **changes), settings, arch)
         return
     with pytest.raises(ValueError, match=f"engine here: got {fault}"):
-        check_engine("here", replace(GOOD, **changes), settings)
+        check_engine("here", replace(GOOD, **changes), settings, arch)

@@ -221,7 +221,7 @@ def real_sampler(seed: int = 0) -> tuple[RealSampler, Engines]:
     """Of seven prompts, each with an answer of its own."""
     settings, engines = config(), Engines()
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": seed})})
-    prompts = [Prompt(i, "", str(i), np.array([i], np.int32)) for i in range(7)]
+    prompts = [Prompt("", str(i), np.array([i], np.int32)) for i in range(7)]
     return RealSampler(settings, engines, Tokenizer(), prompts, FinalAnswer(), None), engines  # type: ignore[arg-type]
 
 
