@@ -222,7 +222,7 @@ def real_sampler(seed: int = 0) -> tuple[RealSampler, Engines]:
     settings, engines = config(), Engines()
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": seed})})
     prompts = [Prompt("", str(i), np.array([i], np.int32)) for i in range(7)]
-    return RealSampler(settings, engines, Tokenizer(), prompts, FinalAnswer(), None), engines  # type: ignore[arg-type]
+    return RealSampler(settings, engines, Tokenizer(), prompts, FinalAnswer(">"), None), engines  # type: ignore[arg-type]
 
 
 def groups_of(sampler: RealSampler, step: int, groups: Sequence[int] = range(PROMPTS)) -> list[Scored]:
