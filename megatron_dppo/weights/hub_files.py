@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dppo.files import pointer_note
+
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20
 DTYPES = {
@@ -129,7 +131,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER_BYTES
         if length >= min(size, MAX_HEADER_BYTES):
-            raise ValueError(f"{file}: got {size} bytes, expected a safetensors file (its header does not fit)")
+            note = pointer_note(file) or " (its header does not fit)"
+            raise ValueError(f"{file}: got {size} bytes, expected a safetensors file{note}")
         try:
             header = json.loads(stream.read(length))
         except ValueError:
