@@ -60,7 +60,7 @@ def broken_rules(sections: Mapping[str, Any], rules: Sequence[Rule], arch: Archi
             known["arch"] = load_architecture(known["model"].path)
         except FileNotFoundError:
             pass  # model_files says it
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             faults.append(f"model.path: {error}")
     for rule in rules:
         wanted = inspect.signature(rule).parameters

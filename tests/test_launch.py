@@ -56,6 +56,13 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_directory_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RuntimeError, match=f"^run.dir: got {path}, expected a directory"), run_directory(path):
+            pass
+
+
 def test_shared_memory_is_given_back_also_after_an_error() -> None:
     seen: list[Path] = []
     with pytest.raises(KeyError), shared_directory("test") as shared:
