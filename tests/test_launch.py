@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_dppo import launch, slurm
+from megatron_dppo import launch, machines, slurm
 from megatron_dppo.checkpoints import DESCRIPTION, TrainingState, checkpoint_path
 from megatron_dppo.config_loading import load_config
 from megatron_dppo.config_rules import RULES, submission_rules
@@ -70,6 +71,22 @@ def test_shared_memory_is_given_back_also_after_an_error() -> None:
         seen.append(shared)
         raise KeyError
     assert not seen[0].exists()
+
+
+def test_shared_memory_of_a_killed_launcher_goes_with_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "SHARED_MEMORY", tmp_path)
+    for name in ("megatron_dppo-killed-1", "megatron_dppo-new-1", "of-another-program"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+        if "new" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    with shared_directory("running") as running:
+        os.utime(running, (0, 0))
+        with shared_directory("next") as after:
+            there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == sorted([running.name, after.name, "megatron_dppo-new-1", "of-another-program"])
 
 
 def test_where_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
