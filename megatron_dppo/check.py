@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dppo.rollout.sglang_server import PYTHON_VARIABLE, check_supported, installed_version
+from megatron_dppo.rollout.sglang.server import PYTHON_VARIABLE, check_supported, installed_version
 
 VLLM_RANGE = ((0, 30), (0, 34))  # from, below: the first has the token route `--enable-scale-out`
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")

@@ -17,10 +17,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megatron_dppo.config import ClusterConfig, Config
-from megatron_dppo.config_loading import ConfigError, load_config, validate_or_raise
-from megatron_dppo.config_rules import Rule, submission_rules
-from megatron_dppo.places import rules_of_job
-from megatron_dppo.submit import Kind, description, faults_of, submission, submit
+from megatron_dppo.config.loading import ConfigError, load_config, validate_or_raise
+from megatron_dppo.config.rules import Rule, submission_rules
+from megatron_dppo.job.places import rules_of_job
+from megatron_dppo.job.submit import Kind, description, faults_of, submission, submit
 
 FAILED, CONFIG_FAULT, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 
@@ -40,7 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 def train(config: Recipe, overrides: Overrides = None) -> None:
     """Train a model as the recipe CONFIG says."""
     resolved = _load(config, overrides)
-    from megatron_dppo.launch import launch
+    from megatron_dppo.job.run import launch
 
     with _user_errors(f"run {resolved.run.name!r}"):
         stopped_early = launch(resolved)

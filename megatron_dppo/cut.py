@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig
-from megatron_dppo.config_loading import save_config
+from megatron_dppo.config.loading import save_config
 
 LAYERS = 4
 WIDTH = 32  # of a head, and of each rank's share of a feed-forward layer

@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dppo.config import ClusterConfig, Config, ParallelConfig, RoutingConfig
-from megatron_dppo.config_cluster_rules import gpus_per_machine
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.cluster_rules import gpus_per_machine
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control
 from megatron_dppo.data.rewards import MathAnswer, make_reward
-from megatron_dppo.launch import job, run_directory
+from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.job.processes import supervise
+from megatron_dppo.job.run import job, run_directory
 from megatron_dppo.metrics import write_summary
-from megatron_dppo.processes import supervise
 from megatron_dppo.rollout.client import connect_engines
 from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.evaluation import Result, describe_eval_sets, evaluate, load_eval_sets, measures_of
 from megatron_dppo.rollout.fleet import Request
-from megatron_dppo.rollout.trajectory import Trajectory
 
 RESULTS_KEY = "evaluation"  # client to launcher
 

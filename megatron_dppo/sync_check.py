@@ -22,14 +22,14 @@ from rich.console import Console
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders
-from megatron_dppo.launch import job, run_directory
-from megatron_dppo.processes import supervise
+from megatron_dppo.data.trajectory import Scored, save_batch
+from megatron_dppo.job.processes import supervise
+from megatron_dppo.job.run import job, run_directory
 from megatron_dppo.rollout.client import connect_engines, fleet_of
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Fleet, Request
-from megatron_dppo.rollout.trajectory import Scored, save_batch
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}  # of the log-prob of one token; two bf16 models differ by their kernels
 SAMPLES = 8  # of each engine after each update, in as many micro-batches

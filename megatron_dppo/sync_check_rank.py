@@ -18,11 +18,11 @@ from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.backend.step import stats_pass
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import rank_micro_batch
+from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.rank import join_job, load_policy, weight_senders
-from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.weights.fingerprint import fingerprints
 from megatron_dppo.weights.hub_files import TensorInfo
 from megatron_dppo.weights.image import image_tensors

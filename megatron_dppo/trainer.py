@@ -39,13 +39,13 @@ from megatron_dppo.backend.replay import LayerRoutes, Routes
 from megatron_dppo.backend.step import Sums, as_taken, compared_routes, loss_pass, recorded_routes, stats_pass
 from megatron_dppo.checkpoints import TrainingState, checkpoint_path, remove_old_checkpoints, start_of
 from megatron_dppo.config import Config, num_recorded_topk, objective_of, reference_kl_of
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import BACKEND_KEY, CONTROL_VARIABLE, Control, Inbox
 from megatron_dppo.data.packing import LossWeights, MicroBatch, rank_micro_batch
+from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.metrics import Laps, MetricsWriter
 from megatron_dppo.rank import join_job, load_policy, reference_of, weight_senders, with_optimizer
 from megatron_dppo.rollout.engine import Transport
-from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.weights.sync import WeightSender, save_checkpoint
 
 

@@ -9,9 +9,8 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from megatron_dppo import config_loading
 from megatron_dppo.cli import app
-from megatron_dppo.config import Config
+from megatron_dppo.config import Config, loading
 
 RECIPE = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
@@ -21,10 +20,10 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], int]
     """Stands in for the launcher, and lets the recipe pass without its input files."""
 
     def use(function: Callable[[Config], int]) -> None:
-        module = ModuleType("megatron_dppo.launch")
+        module = ModuleType("megatron_dppo.job.run")
         module.launch = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "megatron_dppo.launch", module)
-        monkeypatch.setattr(config_loading, "check_config", lambda *_: [])
+        monkeypatch.setitem(sys.modules, "megatron_dppo.job.run", module)
+        monkeypatch.setattr(loading, "check_config", lambda *_: [])
 
     return use
 
@@ -61,7 +60,7 @@ def test_a_failed_run_is_one_message_and_an_exit_code(
 
 
 def test_config_faults_exit_2_and_start_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "megatron_dppo.launch", None)  # importing it would raise
+    monkeypatch.setitem(sys.modules, "megatron_dppo.job.run", None)  # importing it would raise
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["train", RECIPE, "training.step=1", "rollout.top_p=0.5"])
     assert result.exit_code == 2

@@ -11,7 +11,7 @@ import pytest
 from megatron_dppo.algorithm.objectives import OBJECTIVES
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config, objective_of
-from megatron_dppo.config_loading import check_config, load_config
+from megatron_dppo.config.loading import check_config, load_config
 from megatron_dppo.cut import LAYERS, cut_parallel, write_cut
 from megatron_dppo.weights.layout import megatron_layout
 from megatron_dppo.weights.mapping import hub_shapes

@@ -31,7 +31,7 @@ from torch import Tensor
 from megatron_dppo.head.backends import shard_operations
 from megatron_dppo.head.policy_head import HeadMemory, policy_loss, token_stats
 from megatron_dppo.head.statistics import VocabShard, merge, pick
-from megatron_dppo.processes import free_port
+from megatron_dppo.job.processes import free_port
 
 K = 20
 CHUNK_SHARE = 1 / 10  # of the logits, for the chunk path

@@ -45,16 +45,16 @@ from megatron_dppo.backend.parallel import finalise_parallel
 from megatron_dppo.config import Config
 from megatron_dppo.data.addition import build_tokenizer
 from megatron_dppo.data.packing import rank_micro_batch
-from megatron_dppo.processes import free_port, start
+from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
+from megatron_dppo.job.processes import free_port, start
 from megatron_dppo.rank import load_policy, with_optimizer
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.routes import check_recorded
 from megatron_dppo.rollout.sampler import with_advantages
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
-from megatron_dppo.rollout.vllm import VllmEngine
-from megatron_dppo.rollout.vllm_server import server_command, server_env
+from megatron_dppo.rollout.vllm.client import VllmEngine
+from megatron_dppo.rollout.vllm.server import server_command, server_env
 from megatron_dppo.weights.layout import Parallel
 from megatron_dppo.weights.mapping import hub_shapes
 

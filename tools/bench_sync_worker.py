@@ -11,8 +11,8 @@ from bench_sync import TIMEOUT, buckets_of, numbers
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_dppo.control import connect_store
-from megatron_dppo.rollout import vllm_cpu
-from megatron_dppo.rollout.vllm_worker import WorkerExtension
+from megatron_dppo.rollout.vllm import cpu as vllm_cpu
+from megatron_dppo.rollout.vllm.worker import WorkerExtension
 from megatron_dppo.rollout.worker_weights import answering
 from megatron_dppo.weights.hub_files import typed
 

@@ -39,19 +39,19 @@ from megatron_dppo.backend.model import Model
 from megatron_dppo.backend.optimizer import Optimizer
 from megatron_dppo.backend.parallel import Rank, finalise_parallel, initialise_parallel
 from megatron_dppo.config import Config, objective_of
-from megatron_dppo.config_loading import save_config
+from megatron_dppo.config.loading import save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Inbox, Orders
 from megatron_dppo.data.packing import imbalance, plan_step
 from megatron_dppo.data.prompts import Prompt
-from megatron_dppo.machines import start_ranks
+from megatron_dppo.data.trajectory import Scored, Trajectory
+from megatron_dppo.job.machines import start_ranks
+from megatron_dppo.job.processes import free_port, stop_on_exit
 from megatron_dppo.metrics import read_metrics
-from megatron_dppo.processes import free_port, stop_on_exit
 from megatron_dppo.rank import load_policy, with_optimizer
 from megatron_dppo.rollout.client import Client, place_batch
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Fleet
 from megatron_dppo.rollout.sampler import Ahead, Sampler
-from megatron_dppo.rollout.trajectory import Scored, Trajectory
 from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.layout import Parallel
 

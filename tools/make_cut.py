@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.cut import write_cut
 
 MODELS = Path(__file__).parents[1] / "configs"  # the recipes' models/NAME lie there, their config.json alone

@@ -23,9 +23,9 @@ import numpy as np
 
 from megatron_dppo.data.addition import build_tokenizer, prompt_text, sample_problems, teacher, write_problems
 from megatron_dppo.data.packing import LossWeights, MicroBatch, build_micro_batch
-from megatron_dppo.machines import start_ranks
-from megatron_dppo.processes import stop_on_exit, supervise
-from megatron_dppo.rollout.trajectory import Scored, Trajectory
+from megatron_dppo.data.trajectory import Scored, Trajectory
+from megatron_dppo.job.machines import start_ranks
+from megatron_dppo.job.processes import stop_on_exit, supervise
 from megatron_dppo.weights.layout import Parallel
 
 PARALLEL = Parallel(ranks=2)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dppo.rollout.trajectory import Scored
+from megatron_dppo.data.trajectory import Scored
 from megatron_dppo.weights.layout import Parallel
 
 Normaliser = Literal["tokens", "sequences", "constant"]

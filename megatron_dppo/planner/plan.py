@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import ConfigError, load_config, sections_of
+from megatron_dppo.config.loading import ConfigError, load_config, sections_of
 from megatron_dppo.planner.engine import EngineMemory, engine_memory, engine_parallel
 from megatron_dppo.planner.hardware import GIB, Device, device_of
 from megatron_dppo.planner.memory import RankMemory, all_stages

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import ClusterConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
-from megatron_dppo.config_cluster_rules import startable
-from megatron_dppo.config_loading import sections_of
-from megatron_dppo.config_rules import SETTING_RULES, Rule, broken_rules, machine_rules
+from megatron_dppo.config.cluster_rules import startable
+from megatron_dppo.config.loading import sections_of
+from megatron_dppo.config.rules import SETTING_RULES, Rule, broken_rules, machine_rules
 from megatron_dppo.planner.engine import EngineMemory
 from megatron_dppo.planner.hardware import Device
 from megatron_dppo.planner.workload import Workload

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dppo.data.trajectory import Array
 from megatron_dppo.rollout.engine import Capabilities, Sampling
-from megatron_dppo.rollout.trajectory import Array
 
 
 def room_for_response(

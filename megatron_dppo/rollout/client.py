@@ -22,7 +22,7 @@ import numpy as np
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
 from megatron_dppo.checkpoints import queued_batches, start_of
 from megatron_dppo.config import Config, longest_sequence, num_recorded_topk
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
     ENGINE_URLS_VARIABLE,
@@ -36,6 +36,7 @@ from megatron_dppo.control import (
 from megatron_dppo.data.packing import Plan, imbalance, plan_step, up_to_multiple
 from megatron_dppo.data.prompts import Prompt, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
+from megatron_dppo.data.trajectory import Scored, save_batch
 from megatron_dppo.rollout.engine import Capabilities, RolloutEngine
 from megatron_dppo.rollout.engines import client_of
 from megatron_dppo.rollout.evaluation import describe_eval_sets, evaluate, load_eval_sets, measures_of
@@ -43,7 +44,6 @@ from megatron_dppo.rollout.fleet import Fleet
 from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.sampler import MAX_SEED, Ahead, Sampler, batch_metrics, timed
-from megatron_dppo.rollout.trajectory import Scored, save_batch
 
 MOST_IMBALANCE = 1.05  # of the replicas' work, beyond which the log says why
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from megatron_dppo.rollout.trajectory import Trajectory
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.weights.layout import Box
 
 PauseMode = Literal["wait", "abort", "keep"]

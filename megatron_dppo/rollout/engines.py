@@ -13,10 +13,11 @@ import httpx
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, longest_sequence, num_recorded_topk
-from megatron_dppo.processes import Child
-from megatron_dppo.rollout import sglang_server, vllm_server
+from megatron_dppo.job.processes import Child
 from megatron_dppo.rollout.engine import EngineUnreachable
 from megatron_dppo.rollout.http_engine import HttpEngine
+from megatron_dppo.rollout.sglang import server as sglang_server
+from megatron_dppo.rollout.vllm import server as vllm_server
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_dppo"
 READY_POLL_S = 0.25
@@ -53,8 +54,8 @@ def server_of(
 
 def client_of(config: Config, url: str, arch: Architecture, *, concurrency: int) -> HttpEngine:
     """A client of the server at `url`, which was started with the config's model."""
-    from megatron_dppo.rollout.sglang import SglangEngine
-    from megatron_dppo.rollout.vllm import VllmEngine
+    from megatron_dppo.rollout.sglang.client import SglangEngine
+    from megatron_dppo.rollout.vllm.client import VllmEngine
 
     rollout = config.rollout
     timeout_s, attempts = rollout.request_timeout_s, rollout.max_retries + 1

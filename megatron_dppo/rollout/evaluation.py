@@ -16,10 +16,10 @@ import numpy as np
 from megatron_dppo.config import Config
 from megatron_dppo.data.prompts import Prompt, PromptSet, load_prompts
 from megatron_dppo.data.rewards import Reward
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Request
 from megatron_dppo.rollout.sampler import request_of, score
-from megatron_dppo.rollout.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

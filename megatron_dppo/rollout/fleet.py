@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dppo.control import Orders, Waiter, engine_layout_key, meeting_key
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineError,
@@ -32,7 +33,6 @@ from megatron_dppo.rollout.engine import (
     Transport,
     Update,
 )
-from megatron_dppo.rollout.trajectory import Trajectory
 
 Failures = dict[RolloutEngine, EngineError]
 POLL_S = 1.0

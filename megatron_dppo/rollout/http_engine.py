@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 from uuid import uuid4
 
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.engine import (
     Capabilities,
     EngineError,
@@ -27,7 +28,6 @@ from megatron_dppo.rollout.engine import (
     Update,
 )
 from megatron_dppo.rollout.http_client import HttpClient
-from megatron_dppo.rollout.trajectory import Trajectory
 from megatron_dppo.weights.fingerprint import MODULUS
 from megatron_dppo.weights.layout import Box
 

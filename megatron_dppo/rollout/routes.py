@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.data.prompts import Prompt
+from megatron_dppo.data.trajectory import Array, Trajectory
 from megatron_dppo.rollout.engine import RolloutEngine, Sampling
-from megatron_dppo.rollout.trajectory import Array, Trajectory
 from megatron_dppo.routing.codec import check_not_constant, check_routes
 
 PROBES, PROBE_TOKENS = 8, 16

@@ -22,10 +22,10 @@ from megatron_dppo.architecture import Architecture
 from megatron_dppo.config import Config, num_recorded_topk
 from megatron_dppo.data.prompts import Prompt, batch_indices
 from megatron_dppo.data.rewards import Reward
+from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
 from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.fleet import Fleet, Request
 from megatron_dppo.rollout.routes import check_recorded
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
 
 MAX_SEED = 2**31 - 1
 log = logging.getLogger(__name__)

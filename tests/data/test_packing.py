@@ -17,7 +17,7 @@ from megatron_dppo.data.packing import (
     plan_step,
     rank_micro_batch,
 )
-from megatron_dppo.rollout.trajectory import Scored, Trajectory
+from megatron_dppo.data.trajectory import Scored, Trajectory
 from megatron_dppo.weights.layout import Parallel
 
 

@@ -24,11 +24,11 @@ from megatron_dppo.checkpoints import read_state
 from megatron_dppo.config import Config, objective_of
 from megatron_dppo.control import Control, Inbox
 from megatron_dppo.data.packing import MicroBatch, context_share
+from megatron_dppo.data.trajectory import load_batch
 from megatron_dppo.head.policy_head import HeadMemory
 from megatron_dppo.rank import load_policy, reference_of, with_optimizer
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.engine import Manifest
-from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.trainer import Trainer
 from megatron_dppo.weights.mapping import float32_tensors, hub_shapes
 from megatron_dppo.weights.sync import FileSender

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.backend.parallel import Rank
 from megatron_dppo.config import Config
+from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
 from megatron_dppo.planner.hardware import GIB, Device
 from megatron_dppo.planner.memory import RankMemory, rank_memory
 from megatron_dppo.planner.workload import workload_of
 from megatron_dppo.rollout.client import place_batch
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
 from megatron_dppo.weights.layout import Parallel, coordinates
 from tests.distributed.jobs import trainer_of
 from tests.distributed.rank_pool import RankPool

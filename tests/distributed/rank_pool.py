@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from megatron_dppo.processes import free_port
+from megatron_dppo.job.processes import free_port
 from megatron_dppo.weights.layout import Parallel
 
 TIMEOUT_S = 240.0

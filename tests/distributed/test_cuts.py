@@ -9,9 +9,9 @@ import pytest
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import load_config
+from megatron_dppo.config.loading import load_config
 from megatron_dppo.cut import write_cut
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, save_batch
+from megatron_dppo.data.trajectory import Scored, Trajectory, save_batch
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import rl_steps
 from tests.distributed.rank_pool import RankPool

@@ -20,14 +20,14 @@ import pytest
 
 from megatron_dppo.checkpoints import complete_checkpoints, queued_batches, start_of
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import save_config
+from megatron_dppo.config.loading import save_config
 from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Orders, reply_key
-from megatron_dppo.launch import with_checkpoint
-from megatron_dppo.machines import start_ranks
+from megatron_dppo.data.trajectory import load_batch
+from megatron_dppo.job.machines import start_ranks
+from megatron_dppo.job.processes import stop_on_exit
+from megatron_dppo.job.run import with_checkpoint
 from megatron_dppo.metrics import keep_records_before
-from megatron_dppo.processes import stop_on_exit
 from megatron_dppo.rollout.client import place_batch
-from megatron_dppo.rollout.trajectory import load_batch
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.test_resume import config as config_of
 from tests.distributed.test_trainer import samples

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from megatron_dppo.config import Config
+from megatron_dppo.data.trajectory import Scored, load_batch, save_batch
 from megatron_dppo.rollout.client import place_batch
-from megatron_dppo.rollout.trajectory import Scored, load_batch, save_batch
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.proof import Proof, proof
 from tests.distributed.rank_pool import RankPool

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_dppo.config import Config
-from megatron_dppo.rollout.trajectory import Scored, Trajectory, load_batch, save_batch
+from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
 from megatron_dppo.weights.layout import Parallel
 from tests.distributed.jobs import poisoned_step, rl_steps
 from tests.distributed.rank_pool import RankPool

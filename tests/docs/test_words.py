@@ -12,7 +12,7 @@ import typer.main
 
 from megatron_dppo.cli import app
 from megatron_dppo.config import Config
-from megatron_dppo.config_loading import ConfigError, load_config
+from megatron_dppo.config.loading import ConfigError, load_config
 from tests.docs.blocks import (
     INDEX,
     INFOS,

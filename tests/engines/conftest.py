@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from megatron_dppo.processes import Child, free_port, start
+from megatron_dppo.job.processes import Child, free_port, start
 from megatron_dppo.rollout.engine import Manifest, RolloutEngine
 from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND, Kind

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_dppo.rollout import sglang_worker
-from megatron_dppo.rollout.sglang_call import Call
+from megatron_dppo.rollout.sglang import worker as sglang_worker
+from megatron_dppo.rollout.sglang.message import Call
 from tests.engines.faults import at_box
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_dppo.rollout import vllm_cpu
-from megatron_dppo.rollout.vllm_worker import WorkerExtension
+from megatron_dppo.rollout.vllm import cpu as vllm_cpu
+from megatron_dppo.rollout.vllm.worker import WorkerExtension
 from tests.engines.faults import at_box
 
 

@@ -10,11 +10,12 @@ import httpx
 import pytest
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.rollout import sglang_server, vllm_server
 from megatron_dppo.rollout.http_engine import HttpEngine
-from megatron_dppo.rollout.sglang import SglangEngine
-from megatron_dppo.rollout.sglang_call import LOADER, Call
-from megatron_dppo.rollout.vllm import VllmEngine
+from megatron_dppo.rollout.sglang import server as sglang_server
+from megatron_dppo.rollout.sglang.client import SglangEngine
+from megatron_dppo.rollout.sglang.message import LOADER, Call
+from megatron_dppo.rollout.vllm import server as vllm_server
+from megatron_dppo.rollout.vllm.client import VllmEngine
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_LOGPROBS = 40

@@ -21,10 +21,10 @@ import torch
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.data.prompts import Prompt
+from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.data.turns import join_turns
 from megatron_dppo.rollout.engine import EngineError, EngineUnreachable, RolloutEngine, Sampling
 from megatron_dppo.rollout.routes import probe_routes
-from megatron_dppo.rollout.trajectory import Trajectory
-from megatron_dppo.rollout.turns import join_turns
 from tests.engines.conftest import Served, alive, descendants, reference_logprobs, share
 from tests.tiny_models import EOS_ID
 

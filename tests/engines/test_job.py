@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dppo.data.addition import sample_problems, write_problems
-from megatron_dppo.processes import free_port, start, stop_on_exit
+from megatron_dppo.job.processes import free_port, start, stop_on_exit
 from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND
 from tests.tiny_models import randomize
@@ -186,7 +186,7 @@ def test_a_process_that_dies_ends_the_job(recipe: Path, server: str, victim: str
     job = command(recipe, "training.steps=1000", *engine)
     wait_until(lambda: steps_done(recipe) >= 1, job)
     family = descendants(job.pid)
-    pids = [pid for pid, name in family.items() if victim in name and "processes.py" not in name]
+    pids = [pid for pid, name in family.items() if victim in name and "job/processes.py" not in name]
     os.kill(pids[-1], signal.SIGKILL)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 1, output
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_where_it_was(recipe: Path, server: str) -> None:
     run = recipe.parent / "run"
     wait_until(lambda: (run / "checkpoints" / "step-000004" / "training.json").is_file(), job)
     family = descendants(job.pid)
-    ranks = [p for p, name in family.items() if "megatron_dppo.trainer" in name and "processes.py" not in name]
+    ranks = [p for p, name in family.items() if "megatron_dppo.trainer" in name and "job/processes.py" not in name]
     os.kill(ranks[0], signal.SIGKILL)
     job.communicate(timeout=60)
     assert_gone(family)
@@ -240,7 +240,7 @@ def test_rollouts_ahead_of_training(recipe: Path, server: str) -> None:
     job = command(recipe, "training.steps=1000", *ahead, *sizes)
     wait_until(lambda: steps_done(recipe) >= 3, job)
     family = descendants(job.pid)
-    client = [p for p, name in family.items() if "rollout.client" in name and "processes.py" not in name]
+    client = [p for p, name in family.items() if "rollout.client" in name and "job/processes.py" not in name]
     os.kill(client[0], signal.SIGKILL)
     job.communicate(timeout=60)
     assert_gone(family)

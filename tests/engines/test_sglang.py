@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from megatron_dppo.rollout.engine import EngineError, RolloutEngine
-from megatron_dppo.rollout.sglang_buckets import BucketWeights
+from megatron_dppo.rollout.sglang.whole_tensors import BucketWeights
 from tests.engines.conftest import Served, serving, share
 from tests.engines.kinds import KIND
 from tests.engines.test_engine_contract import PROMPTS, TOLERANCE, on, training, update, worst, wrong_rows

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dppo.processes import ChildDied, free_port, start
+from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.job.processes import ChildDied, free_port, start
 from megatron_dppo.rollout.engine import (
     EngineBadAnswer,
     EngineError,
@@ -27,9 +28,8 @@ from megatron_dppo.rollout.engine import (
     Sampling,
 )
 from megatron_dppo.rollout.engines import wait_ready
-from megatron_dppo.rollout.trajectory import Trajectory
-from megatron_dppo.rollout.vllm import VllmEngine
-from megatron_dppo.rollout.vllm_server import server_command, server_env
+from megatron_dppo.rollout.vllm.client import VllmEngine
+from megatron_dppo.rollout.vllm.server import server_command, server_env
 
 VOCAB = 8
 SAMPLING = Sampling(1.0, 4, training=True, num_topk_logprobs=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dppo.architecture import load_architecture
-from megatron_dppo.config_loading import load_config, save_config
+from megatron_dppo.config.loading import load_config, save_config
 from megatron_dppo.cut import cut_config, cut_model, cut_parallel
 from megatron_dppo.planner.plan import HEADROOM, make_plan, plan_recipe
 from megatron_dppo.planner.suggest import engine_choices, with_overrides

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dppo.config_rules import SETTING_RULES, broken_rules
+from megatron_dppo.config.rules import SETTING_RULES, broken_rules
 from megatron_dppo.planner.engine import engine_parallel
 from megatron_dppo.planner.hardware import FILE_BANDWIDTH, GPUS
 from megatron_dppo.planner.parameters import stage_parameters

@@ -14,9 +14,9 @@ from megatron_dppo.config import Config
 from megatron_dppo.data.addition import build_tokenizer
 from megatron_dppo.data.prompts import Prompt
 from megatron_dppo.data.rewards import FinalAnswer
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.evaluation import evaluate, measures_of
 from megatron_dppo.rollout.fleet import Request
-from megatron_dppo.rollout.trajectory import Trajectory
 
 
 def config(eval_sets: Any, **evaluation: Any) -> Config:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_dppo.data.trajectory import Trajectory
 from megatron_dppo.rollout.routes import PROBES, check_recorded, probe_routes
-from megatron_dppo.rollout.trajectory import Trajectory
-from tests.rollout.test_trajectory import make
+from tests.data.test_trajectory import make
 
 ARCH: Any = SimpleNamespace(num_experts=200, num_experts_per_tok=5, moe_layer_numbers=(1, 2, 4))
 PROMPTS: Any = [SimpleNamespace(token_ids=np.arange(1, 10, dtype=np.int32)), SimpleNamespace(token_ids=np.arange(5))]

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 
 from megatron_dppo.config import Config
 from megatron_dppo.data.prompts import Prompt
+from megatron_dppo.data.trajectory import Scored, Trajectory
 from megatron_dppo.rollout.sampler import Ahead, Batch, TooOld, batch_metrics
 from megatron_dppo.rollout.sampler import Sampler as RealSampler
-from megatron_dppo.rollout.trajectory import Scored, Trajectory
 
 PROMPTS, SIZE, STEPS = 3, 2, 5
 

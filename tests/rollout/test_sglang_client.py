@@ -19,19 +19,19 @@ import torch
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.control import connect_store
+from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.data.turns import without_last_token
 from megatron_dppo.rollout.engine import Capabilities, EngineBadAnswer, EngineError, Sampling
-from megatron_dppo.rollout.sglang import SglangEngine
-from megatron_dppo.rollout.sglang_answer import (
+from megatron_dppo.rollout.sglang.answer import (
     RouteShape,
     parse_answer,
     parse_version,
     request_body,
     wire_version,
 )
-from megatron_dppo.rollout.sglang_buckets import buckets_of
-from megatron_dppo.rollout.sglang_call import LOADER, Call, answer_key
-from megatron_dppo.rollout.trajectory import Trajectory
-from megatron_dppo.rollout.turns import without_last_token
+from megatron_dppo.rollout.sglang.client import SglangEngine
+from megatron_dppo.rollout.sglang.message import LOADER, Call, answer_key
+from megatron_dppo.rollout.sglang.whole_tensors import buckets_of
 from tests.tiny_models import tiny_config
 
 VOCAB = 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_dppo.rollout.sglang_reload import Reload
+from megatron_dppo.rollout.sglang.reload import Reload
 from megatron_dppo.weights.hub_files import TensorInfo
 
 SHAPES = {"q": (2, 3), "k": (1, 3), "embed": (5, 2), "q_a": (2, 4), "kv_a": (1, 4), "dropped": (2,)}

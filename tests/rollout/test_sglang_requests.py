@@ -19,10 +19,10 @@ from aiohttp import web
 
 from megatron_dppo.architecture import Architecture, load_architecture
 from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Manifest, Sampling
-from megatron_dppo.rollout.sglang import MOST_CUTS, SglangEngine
-from megatron_dppo.rollout.sglang_buckets import BucketWeights
-from megatron_dppo.rollout.sglang_loader import own_address
-from megatron_dppo.rollout.sglang_server import PYTHON_VARIABLE, interpreter, server_env
+from megatron_dppo.rollout.sglang.client import MOST_CUTS, SglangEngine
+from megatron_dppo.rollout.sglang.server import PYTHON_VARIABLE, interpreter, server_env
+from megatron_dppo.rollout.sglang.shards import own_address
+from megatron_dppo.rollout.sglang.whole_tensors import BucketWeights
 from megatron_dppo.weights.mapping import hub_shapes
 from tests.tiny_models import tiny_config
 
@@ -259,9 +259,9 @@ def test_a_server_sees_this_package_and_not_what_is_installed_beside_it(tmp_path
     env = server_env(cpu=True, cache_root=tmp_path, base={"PATH": os.environ["PATH"]})
     assert env == server_env(cpu=True, cache_root=tmp_path, base={"PATH": os.environ["PATH"]})
     assert os.listdir(env["PYTHONPATH"]) == ["megatron_dppo"]
-    script = "import megatron_dppo.rollout.sglang_call as module; print(module.LOADER)"
+    script = "import megatron_dppo.rollout.sglang.message as module; print(module.LOADER)"
     found = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert found.stdout.startswith("megatron_dppo.rollout.sglang_worker"), found.stderr
+    assert found.stdout.startswith("megatron_dppo.rollout.sglang.worker"), found.stderr
 
 
 def test_an_interpreter_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A real Slurm of four nodes on this machine, in a directory of its own, on ports that are free.
 
-Its daemons run in the foreground under guards (`processes.py`), so that each is ended with all that it started. What
-runs on a node are descendants of its slurmd's guard: a node is killed by killing those.
+Its daemons run in the foreground under guards (`job/processes.py`), so that each is ended with all that it started.
+What runs on a node are descendants of its slurmd's guard: a node is killed by killing those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dppo.processes import Child, free_port, start, stop_on_exit
+from megatron_dppo.job.processes import Child, free_port, start, stop_on_exit
 
 NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4  # of each node; what is there is shared by all

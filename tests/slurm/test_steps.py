@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.config_loading import load_config
-from megatron_dppo.nodes import Node
-from megatron_dppo.processes import ChildDied, supervise
-from megatron_dppo.slurm import Allocation
+from megatron_dppo.config.loading import load_config
+from megatron_dppo.job.nodes import Node
+from megatron_dppo.job.processes import ChildDied, supervise
+from megatron_dppo.job.slurm import Allocation
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 NODES = (Node("n1", "127.0.0.1"), Node("n2", "127.0.0.1"))
 SERVER = """
 import os, signal, sys, time
-from megatron_dppo.processes import become_guarded
+from megatron_dppo.job.processes import become_guarded
 server = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(print('gently', flush=True)));"
 become_guarded([sys.executable, "-c", server + "print('up', flush=True); time.sleep(600)"], os.environ, 5.0)
 """

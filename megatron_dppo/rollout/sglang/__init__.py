@@ -1,0 +1,1 @@
+"""SGLang: the client's side, and what runs inside its workers (`worker`, `reload`)."""
