@@ -22,6 +22,9 @@ TWO_SERVERS := -n 2 --dist loadfile
 # Kept whatever the environment says: without it every process compiles all that it imports, for seven more seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
+IS_PYTHON_311 = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	{ echo "$(PYTHON): got $$($(PYTHON) --version 2>&1 | head -n 1), expected Python 3.11: install it, or say PYTHON=..." >&2; exit 1; }
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv .venv-sglang quickstart check-quickstart test test-unit test-dist test-engines test-sglang test-slurm test-gpu test-long test-latest lint types format clean
 
@@ -33,7 +36,7 @@ help:  ## This list
 # torch goes first and with its dependencies: an index that offers a CPU build gives it for the plain version, and
 # where there is only a CUDA build pip brings what that build needs. The rest is complete, so --no-deps.
 $(STAMP): requirements/cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say PYTHON=..." >&2; exit 1; }
+	$(IS_PYTHON_311)
 	@echo "installing the pinned set into $(VENV): about two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements/cpu.txt torch==2.13.0
@@ -44,6 +47,7 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 .venv-sglang: $(SGLANG_STAMP)  ## Another one with SGLang as it runs on the CPU; its pins are not vLLM's
 
 $(SGLANG_STAMP): requirements/sglang-cpu.txt
+	$(IS_PYTHON_311)
 	@echo "installing SGLang into $(SGLANG_VENV): about two minutes"
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-compile --constraint requirements/sglang-cpu.txt torch==2.13.0

@@ -6,7 +6,6 @@ config) takes them from here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dppo.architecture_rules import LATENT_MODEL_TYPES, rope_parameters, rope_type, unsupported_features
+from megatron_dppo.files import read_json_object
 
 LATENT_NORM_EPS = 1e-6  # of the norms inside multi-latent attention, whatever the model's rms_norm_eps
 
@@ -139,20 +139,27 @@ def forward_flops(arch: Architecture, lengths: npt.NDArray[np.int64]) -> npt.NDA
 def load_architecture(model_path: Path | str) -> Architecture:
     """Reads `config.json` of a Hugging Face directory.
 
-    Raises FileNotFoundError where there is none and ValueError where the model is one that this package would
-    not compute exactly (another model type, biases, unknown rope scaling, a sliding window, other activations).
+    Raises FileNotFoundError where there is none and ValueError, naming the file, where it cannot be read or the model
+    is one that this package would not compute exactly (another model type, biases, unknown rope scaling, a sliding
+    window, other activations).
     """
     path = Path(model_path) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"model.path: no config.json in {model_path}, expected a Hugging Face model directory")
-    return architecture_from_hf(json.loads(path.read_text()))
+        raise FileNotFoundError(f"no config.json in {model_path}, expected a Hugging Face model directory")
+    hf = read_json_object(path)
+    try:
+        return architecture_from_hf(hf)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def architecture_from_hf(hf: dict[str, Any]) -> Architecture:
     """The Architecture of a parsed `config.json`; raises ValueError naming every feature that is not supported."""
     faults = unsupported_features(hf)
     if faults:
-        raise ValueError("model config: " + "; ".join(faults))
+        raise ValueError("; ".join(faults))
     heads = hf["num_attention_heads"]
     latent = _latent_attention(hf)
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads

@@ -42,7 +42,8 @@ def read_state(path: Path) -> TrainingState:
         found: dict[str, Any] = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
         return TrainingState(**{field.name: found[field.name] for field in fields(TrainingState)})
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"resume: got {path}, expected a complete checkpoint with {DESCRIPTION}: {error}") from None
+        expected = f"auto, never or a complete checkpoint, such as {checkpoint_path(Path('RUN_DIR'), 50)}"
+        raise ValueError(f"resume: got {path}, expected {expected}: {error}") from None
 
 
 def queue_path(checkpoint: Path, step: int) -> Path:

@@ -97,8 +97,15 @@ class Control:
 
     @classmethod
     def serve(cls, host: str = "127.0.0.1") -> Control:
-        """Starts the store in this process, on a port that is free."""
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        """Starts the store in this process, on a free port. Raises RuntimeError where `host` is another machine."""
+        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+        try:
+            store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        except dist.DistError as error:
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"the launcher cannot be reached as {host}, expected a name or address of this machine ({reason})"
+            ) from None
         return cls(f"{host}:{store.port}", store)
 
     @classmethod

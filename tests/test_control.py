@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from megatron_dppo import control
 from megatron_dppo.control import Control, ControlTimeout, order_key, reply_key
 
 
@@ -21,6 +22,12 @@ def test_a_message_arrives_whoever_comes_first() -> None:
     )
     threading.Timer(0.2, lambda: server.post(reply_key(1), {"version": 1})).start()
     assert client.wait(reply_key(1), 10.0) == {"version": 1}
+
+
+def test_a_store_on_another_machine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "CONNECT_TIMEOUT_S", 1.0)
+    with pytest.raises(RuntimeError, match="cannot be reached as 192.0.2.1, expected a name or address"):
+        Control.serve("192.0.2.1")  # of nobody
 
 
 def test_messages_of_any_size_arrive_and_can_be_taken() -> None:

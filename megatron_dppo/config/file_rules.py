@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dppo.data.prompts import ABSENT, value_at
+from megatron_dppo.files import absent, pointer_note, read_json_object
 
 if TYPE_CHECKING:
+    from megatron_dppo.architecture import Architecture
     from megatron_dppo.config import DataConfig, EvaluationConfig, ModelConfig
 
+FIRST_LINES = 100  # of a file of prompts
 FEW = 4  # of what is found, that a message names
 
 
@@ -20,18 +24,30 @@ def _model_files(model: ModelConfig) -> Iterator[str]:
     """config.json and every weights file are there."""
     path = model.path
     if not path.is_dir():
-        yield f"model.path: no directory {path}, expected a Hugging Face model directory"
+        yield f"model.path: {absent('directory', path)}, expected a Hugging Face model directory"
         return
     if not (path / "config.json").is_file():
         yield f"model.path: no config.json in {path}, expected a Hugging Face model directory"
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             yield f"model.path: {path} lacks {len(missing)} of {len(shards)} weights files: {few(missing)}"
     elif not (path / "model.safetensors").is_file():
         yield f"model.path: no model.safetensors (nor its index) in {path}, expected the weights"
+
+
+def _weights(model: ModelConfig, arch: Architecture) -> Iterator[str]:
+    """The weights files are whole and hold the model's tensors; their headers alone are read."""
+    if any(_model_files(model)):
+        return  # it says more
+    from megatron_dppo.weights.hub_files import HubFiles, check_tensors
+
+    try:
+        check_tensors(HubFiles(model.path), arch)
+    except ValueError as error:
+        yield f"model.path: {error}"
 
 
 def _quantised(model: ModelConfig) -> Iterator[str]:
@@ -58,7 +74,7 @@ def _tokenizer(model: ModelConfig, data: DataConfig) -> Iterator[str]:
     try:
         vocabulary = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises nothing more specific
-        yield f"model.path: {path}/tokenizer.json cannot be read: {error}"
+        yield f"model.path: {path}/tokenizer.json cannot be read{pointer_note(path / 'tokenizer.json')}: {error}"
         return
     settings, hf = _json(path / "tokenizer_config.json"), _json(path / "config.json")
     largest, vocab_size = max(vocabulary.values()), hf.get("vocab_size", math.inf)
@@ -100,30 +116,40 @@ def _eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[st
 
 
 def _prompt_file(key: str, path: Path, names: Sequence[str]) -> Iterator[str]:
-    """The file is there and its first line has the keys; lines are judged one by one when they are read."""
+    """The file is there and its first object has the keys; lines are judged one by one when they are read."""
+    expected = "expected JSONL with one prompt and answer a line"
     if not path.is_file():
-        yield f"{key}: no file {path}, expected JSONL with one prompt and answer a line"
+        yield f"{key}: {absent('file', path)}, {expected}"
         return
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), None)
-    if first is None:
-        yield f"{key}: {path} is empty, expected JSONL with one prompt and answer a line"
+        lines = list(itertools.islice((line for line in file if line.strip()), FIRST_LINES))
+    if not lines:
+        yield f"{key}: {path} is empty, {expected}"
         return
-    try:
-        record = json.loads(first)
-    except ValueError:
+    record = next(filter(None, map(_object, lines)), None)
+    if record is None:
+        yield f"{key}: {path} has no JSON object in its first {len(lines)} lines{pointer_note(path)}, {expected}"
         return
     for name in names:
-        if isinstance(record, dict) and value_at(record, name) is ABSENT:
+        if value_at(record, name) is ABSENT:
             yield f"{key}: the first line of {path} has no key {name!r}, its keys are {few(sorted(record))}"
 
 
-FILE_RULES = (_model_files, _quantised, _tokenizer, _train_prompts, _eval_prompts)
+FILE_RULES = (_model_files, _weights, _quantised, _tokenizer, _train_prompts, _eval_prompts)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, None where there is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _ids(value: int | list[int] | None) -> set[int]:

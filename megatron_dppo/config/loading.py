@@ -43,7 +43,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), rules: Sequence
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+        where = "" if Path(path).is_absolute() else f" (from {Path.cwd()})"
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}{where}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(raw, dict):

@@ -10,7 +10,6 @@ every other.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from megatron_dppo.config.cluster_rules import CLUSTER_RULES
 from megatron_dppo.config.file_rules import FILE_RULES
 from megatron_dppo.config.rollout_rules import ENGINE_MACHINE_RULES, ROLLOUT_RULES
 from megatron_dppo.data.prompts import PLACE
+from megatron_dppo.files import UnreadableFile
 from megatron_dppo.weights.layout import chunk_layers, padded_vocab_size
 from megatron_dppo.weights.mapping import hub_shapes
 
@@ -60,17 +60,16 @@ def broken_rules(sections: Mapping[str, Any], rules: Sequence[Rule], arch: Archi
             known["arch"] = load_architecture(known["model"].path)
         except FileNotFoundError:
             pass  # model_files says it
-        except KeyError as error:
-            faults.append(f"model.path: {known['model'].path}/config.json has no {error.args[0]!r}")
-        except ValueError as error:
-            faults.append(f"model.path: {known['model'].path}: {error}")
+        except (OSError, ValueError) as error:
+            faults.append(f"model.path: {error}")
     for rule in rules:
         wanted = inspect.signature(rule).parameters
         if wanted.keys() <= known.keys():
             try:
                 faults += rule(**{name: known[name] for name in wanted})
-            except (OSError, json.JSONDecodeError) as error:  # a file that is there and cannot be read
-                faults.append(f"{', '.join(wanted)}: {error}")
+            except (OSError, UnreadableFile) as error:  # a file that is there and cannot be read
+                if not any(str(error) in fault for fault in faults):
+                    faults.append(f"{', '.join(wanted)}: {error}")
     return faults
 
 
@@ -259,8 +258,8 @@ def _reference_model(loss: LossConfig, model: ModelConfig, arch: Architecture) -
         return
     try:
         other = load_architecture(kl.reference)
-    except (OSError, KeyError, ValueError) as error:
-        yield f"loss.kl.reference: {kl.reference}: {error}"
+    except (OSError, ValueError) as error:
+        yield f"loss.kl.reference: {error}"
         return
     if other != arch:
         yield f"loss.kl.reference: got another architecture in {kl.reference}, expected that of {model.path}"

@@ -119,7 +119,7 @@ def value_at(record: Mapping[str, Any], key: str) -> Any:
 def _parse(raw: bytes, prompt_key: str, answer_key: str, template: str) -> tuple[list[dict[str, Any]], str]:
     """A line's messages, the template around the last one's text, and its answer."""
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = json.loads(raw.decode("utf-8-sig"))
     except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise _Refused(NOT_JSON) from None
     if not isinstance(record, dict):

@@ -6,11 +6,13 @@ Here: what every kind of place has, and this machine. Nodes of a Slurm allocatio
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from megatron_dppo.placement import SHARED_GPU_MEMORY, engine_place, is_local
 from megatron_dppo.rollout.engines import runs_on_cpu, server_of
 
 HOST = "127.0.0.1"
+SHARED_MEMORY, SHARED_PREFIX = Path("/dev/shm"), "megatron_dppo-"
+NEW_S = 60.0  # within which a shared directory is not taken for an abandoned one
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,34 @@ def start_ranks(argv: Sequence[str], ranks: int, *, env: Mapping[str, str], logs
 
 @contextlib.contextmanager
 def shared_directory(name: str) -> Iterator[Path]:
-    """A directory in shared memory that is removed at the end."""
-    root = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix=f"megatron_dppo-{name}-", dir=root if root.is_dir() else None))
+    """A directory in shared memory that is removed at the end, or by the next job where this process was killed."""
+    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    _remove_abandoned(root)
+    path = Path(tempfile.mkdtemp(prefix=f"{SHARED_PREFIX}{name}-", dir=root))
+    lock = _locked(path)  # held as long as this process lives
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What launchers left that were killed: directories that nobody holds. A new one may not be held yet."""
+    for path in root.glob(f"{SHARED_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            if time.time() - path.stat().st_mtime > NEW_S and (lock := _locked(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor that holds the directory; None where another process does, or its file system has no locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -90,6 +90,8 @@ class Child:
         # Some programs (vLLM) say a lot after the error that ended them.
         errors = [line for line in lines[:-TAIL_LINES] if ERROR_LINE.search(line)][-ERROR_LINES:]
         shown = ["errors before that:", *errors, "the end:", *tail] if errors else tail
+        if not os.statvfs(self.log_path.parent).f_bavail:
+            shown.append(f"the file system of {self.log_path} is full, and the log may lack the end")
         if (other := self._culprit(self.log_path)) is not None:
             shown += [f"the last lines of {other}:", *_last_lines(other, TAIL_LINES)]
         return ChildDied(self.name, returncode, self.log_path, "\n".join(shown))

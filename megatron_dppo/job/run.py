@@ -260,9 +260,13 @@ def run_directory(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Raises RuntimeError where another run has the directory."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("w") as lock:
+    """Raises RuntimeError where another run has the directory, or it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / "lock").open("w")
+    except OSError as error:
+        raise RuntimeError(f"run.dir: got {path}, expected a directory to write to: {error}") from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

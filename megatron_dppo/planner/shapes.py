@@ -22,10 +22,8 @@ def find_architecture(model_path: Path, recipe: Path) -> tuple[Architecture, Pat
         if (place / "config.json").is_file():
             try:
                 return load_architecture(place), place
-            except KeyError as error:
-                raise ValueError(f"model.path: {place}/config.json has no {error.args[0]!r}") from None
             except ValueError as error:
-                raise ValueError(f"model.path: {place}: {error}") from None
+                raise ValueError(f"model.path: {error}") from None
     raise ValueError(
         f"model.path: no config.json in {model_path}, nor configs/{MODELS}/{model_path.name}/config.json in this "
         "project, expected one: put the model's config.json into either"

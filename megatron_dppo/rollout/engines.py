@@ -101,5 +101,6 @@ def wait_ready(url: str, server: Child, deadline_s: float, others: Sequence[Chil
             time.sleep(READY_POLL_S)
     raise EngineUnreachable(
         url,
-        f"not ready after {deadline_s:.0f} s ({last}); the last lines of {server.log_path}:\n{server.log_tail()}",
+        f"not ready after {deadline_s:.0f} s (rollout.start_timeout_s), last: {last}; the last lines of "
+        f"{server.log_path}:\n{server.log_tail()}",
     )

@@ -116,9 +116,9 @@ class HttpClient:
         async with self._session(path).request(verb, path, json=body, params=params) as response:
             status, text = response.status, await response.text()
         if status >= 500:
-            raise _ServerFault(f"answered {status}: {text[:MESSAGE_CHARS]}")
+            raise _ServerFault(f"answered {status}: {_one_line(text)}")
         if status >= 400:
-            raise EngineError(self.url, f"{path} answered {status}: {text[:MESSAGE_CHARS]}")
+            raise EngineError(self.url, f"{path} answered {status}: {_one_line(text)}")
         if not parse:
             return {}
         try:
@@ -143,6 +143,10 @@ class HttpClient:
         for session in (self._sampling, self._control):
             if session is not None:
                 await session.close()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:MESSAGE_CHARS]
 
 
 def _described(error: BaseException | None) -> str:

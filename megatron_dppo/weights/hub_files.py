@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture
+from megatron_dppo.files import pointer_note
 from megatron_dppo.weights.global_tensors import BLOCK_BYTES
 from megatron_dppo.weights.mapping import hub_shapes, mtp_tensors
 
@@ -137,7 +138,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER_BYTES
         if length >= min(size, MAX_HEADER_BYTES):
-            raise ValueError(f"{file}: got {size} bytes, expected a safetensors file (its header does not fit)")
+            note = pointer_note(file) or " (its header does not fit)"
+            raise ValueError(f"{file}: got {size} bytes, expected a safetensors file{note}")
         try:
             header = json.loads(stream.read(length))
         except ValueError:

@@ -32,10 +32,14 @@ def image_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, TensorInf
 
 
 def create_image(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """A file with room for the tensors, in the place of an older one. Raises OSError where there is no room."""
+    """A file for the tensors, in the place of an older one. Raises OSError naming it where there is no room."""
     header = header_bytes(tensors)
+    size = len(header) + sum(info.nbytes for info in tensors.values())
     with replacing(path) as beside, beside.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, len(header) + sum(info.nbytes for info in tensors.values()))
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:  # which does not know its file
+            raise OSError(error.errno, f"{error.strerror} for weights of {size} bytes", str(path)) from None
         file.write(header)
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_dppo.architecture import Architecture, load_architecture
+from megatron_dppo.files import absent
 from megatron_dppo.weights.global_tensors import SCHEMES, Block, KeyScheme, global_blocks
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, typed
 from megatron_dppo.weights.mapping import hub_shapes
@@ -94,7 +95,7 @@ def open_checkpoint(root: Path, config: Path | None = None) -> Checkpoint:
     Raises FileNotFoundError and ValueError as the readers do, and where it is neither kind.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory, expected a checkpoint")
+        raise FileNotFoundError(f"{absent('directory', root)}, expected a checkpoint")
     if (root / COMPLETE_FILE).is_file():
         return MegatronFiles(root, load_architecture(config or carried_config(root)))
     if (root / ".metadata").is_file():
@@ -104,6 +105,10 @@ def open_checkpoint(root: Path, config: Path | None = None) -> Checkpoint:
 
 def carried_config(root: Path) -> Path:
     """The Hugging Face directory inside a Megatron checkpoint; raises ValueError where there is none."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{absent('directory', root)}, expected a Megatron checkpoint")
+    if not (root / COMPLETE_FILE).is_file() and (root / "config.json").is_file():
+        raise ValueError(f"{root}: got a Hugging Face directory, expected a Megatron checkpoint")
     if not (root / CARRIED / "config.json").is_file():
         raise ValueError(
             f"{root}: it carries no {CARRIED}/config.json; name the model's Hugging Face directory with --config"

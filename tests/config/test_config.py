@@ -2,16 +2,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from megatron_dppo.architecture import architecture_from_hf
+from megatron_dppo.architecture_rules import unsupported_features
 from megatron_dppo.config import Config
 from megatron_dppo.config.loading import ConfigError, check_config, load_config, save_config, validate_or_raise
 from megatron_dppo.data.addition import build_tokenizer, write_problems
+from megatron_dppo.weights.hub_files import TensorInfo, header_bytes
+from megatron_dppo.weights.mapping import hub_shapes
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"  # what git leaves of a large file
 LATENT = {
     "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 560,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 1,
@@ -35,13 +42,23 @@ ARCHITECTURE = {
 }
 
 
+def write_model(path: Path, hf: dict[str, Any]) -> None:
+    """config.json and, where it is one that is computed, weights of 0: a header, and a hole in the file."""
+    (path / "config.json").write_text(json.dumps(hf))
+    if unsupported_features(hf):
+        return
+    tensors = {name: TensorInfo(torch.float32, shape) for name, shape in hub_shapes(architecture_from_hf(hf)).items()}
+    header = header_bytes(tensors)
+    (path / "model.safetensors").write_bytes(header)
+    os.truncate(path / "model.safetensors", len(header) + sum(info.nbytes for info in tensors.values()))
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     """A recipe without a fault: a model directory, a tokenizer and prompts that all exist."""
     model = tmp_path / "model"
     build_tokenizer(model)
-    (model / "config.json").write_text(json.dumps(ARCHITECTURE))
-    (model / "model.safetensors").write_bytes(b"")
+    write_model(model, ARCHITECTURE)
     write_problems(tmp_path / "train.jsonl", [(347, 285)])
     return {
         "run": {"name": "test"},
@@ -222,7 +239,7 @@ def test_every_broken_rule_is_in_the_one_message(recipe: dict[str, Any], tmp_pat
             ["loss.kl.coefficient=0.1", "loss.kl.estimator=k1", "loss.kl.importance=false"],
             "loss.kl.importance: got false, expected true: k1 alone",
         ),
-        (["loss.kl.coefficient=0.1", "loss.kl.reference=nowhere"], "loss.kl.reference: nowhere: "),
+        (["loss.kl.coefficient=0.1", "loss.kl.reference=nowhere"], "loss.kl.reference: no config.json in nowhere"),
         (["training.optimizer=sgd"], "parallel.distributed_optimizer: got true, expected false"),
         (
             ["training.optimizer=sgd", "parallel.distributed_optimizer=false", "checkpoint.every=2"],
@@ -295,7 +312,7 @@ def test_two_overrides_that_an_objective_does_not_use_are_both_named(recipe: dic
 def test_model_against_tokenizer_and_layout(
     recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], fault: str | None
 ) -> None:
-    (tmp_path / "model" / "config.json").write_text(json.dumps(ARCHITECTURE | change))
+    write_model(tmp_path / "model", ARCHITECTURE | change)
     faults = faults_of(recipe, tmp_path)
     if fault is None:
         assert faults == []
@@ -316,10 +333,63 @@ def test_damaged_model_files_are_faults_not_crashes(recipe: dict[str, Any], tmp_
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     (fault,) = faults_of(recipe, tmp_path)
     assert "tokenizer.json cannot be read" in fault
-    (tmp_path / "model" / "config.json").write_text("{")
-    assert any("Expecting property name" in fault for fault in faults_of(recipe, tmp_path))
+    build_tokenizer(tmp_path / "model")
+    for text, expected in (
+        ("{", "model/config.json: is not JSON: Expecting property name"),
+        ("[1]", "model/config.json: got a JSON list, expected an object"),
+        (POINTER, "model/config.json: is not JSON (it is a git-lfs pointer: `git lfs pull` fetches the file)"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(text)
+        (fault,) = faults_of(recipe, tmp_path)
+        assert expected in fault
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     assert any("has no 'num_attention_heads'" in fault for fault in faults_of(recipe, tmp_path))
+
+
+def test_weights_that_no_rank_could_load_are_faults(recipe: dict[str, Any], tmp_path: Path) -> None:
+    weights = tmp_path / "model" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    assert "model.safetensors: truncated: got" in faults_of(recipe, tmp_path)[0]
+    weights.write_text(POINTER)
+    assert "expected a safetensors file (it is a git-lfs pointer: `git lfs pull`" in faults_of(recipe, tmp_path)[0]
+    write_model(weights.parent, ARCHITECTURE)
+    (weights.parent / "config.json").write_text(json.dumps(ARCHITECTURE | {"num_hidden_layers": 3}))
+    (fault,) = faults_of(recipe, tmp_path)
+    assert "got no tensor model.layers.2.input_layernorm.weight, expected it for qwen3_moe" in fault
+    index = weights.with_name("model.safetensors.index.json")
+    for text, expected in ((POINTER, "is not JSON (it is a git-lfs pointer"), ("{}", "got no weight_map")):
+        index.write_text(text)
+        (fault,) = faults_of(recipe, tmp_path)
+        assert f"{index}: {expected}" in fault
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"\n", "is empty"),
+        (POINTER.encode(), "has no JSON object in its first 3 lines (it is a git-lfs pointer"),
+        (b'[\n  "a",\n  "b"\n]\n', "has no JSON object in its first 4 lines, expected JSONL"),
+        (b'{"promt": "1=", "answer": "1"}\n', "has no key 'prompt', its keys are answer, promt"),
+        (b'not JSON\n{"prompt": "1=", "answer": "1"}\n', None),  # a line is judged when it is read
+        (b'\xef\xbb\xbf{"prompt": "1=", "answer": "1"}\r\n', None),
+    ],
+)
+def test_a_file_of_which_no_prompt_could_be_used(
+    recipe: dict[str, Any], tmp_path: Path, data: bytes, fault: str | None
+) -> None:
+    (tmp_path / "train.jsonl").write_bytes(data)
+    faults = faults_of(recipe, tmp_path)
+    assert [fault in found for found in faults] == ([] if fault is None else [True])
+
+
+def test_a_path_says_what_is_there_or_where_from(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe["model"]["path"] = "nowhere"
+    faults = faults_of(recipe, tmp_path, f"data.train={tmp_path}")
+    assert f"model.path: no directory nowhere in {tmp_path}, expected a Hugging Face model directory" in faults
+    assert f"data.train: {tmp_path} is a directory, expected JSONL with one prompt and answer a line" in faults
 
 
 @pytest.mark.parametrize(

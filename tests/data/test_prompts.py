@@ -143,6 +143,13 @@ def test_a_refusal_names_the_key(tmp_path: Path, bytes_tokenizer: PreTrainedToke
     }
 
 
+def test_a_file_that_windows_wrote(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "1", "answer": "1"}\r\n{"prompt": "2", "answer": "2"}\r\n')
+    taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=4)
+    assert [prompt.text for prompt in taken.prompts] == ["1", "2"]
+
+
 def test_limit_and_nothing_left(tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(tmp_path / "p.jsonl", *({"prompt": str(i), "answer": "1"} for i in range(10)))
     taken = load_prompts(path, bytes_tokenizer, max_prompt_tokens=4, limit=3)

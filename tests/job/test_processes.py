@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -280,6 +281,14 @@ def test_another_signal_may_ask_a_child_to_stop(tmp_path: Path) -> None:
     child = start("c", argv, env=os.environ, log_path=tmp_path / "log", stop_signal=signal.SIGUSR2)
     assert eventually((tmp_path / "up").exists)
     assert child.stop() == 7
+
+
+def test_a_log_that_a_full_disk_cut_short_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = start("c", python("raise SystemExit(1)"), env=os.environ, log_path=tmp_path / "log")
+    assert eventually(lambda: child.poll() is not None)
+    assert "is full" not in str(child.died())
+    monkeypatch.setattr(processes.os, "statvfs", lambda path: SimpleNamespace(f_bavail=0))
+    assert f"the file system of {tmp_path}/log is full" in str(child.died())
 
 
 def test_the_log_that_a_child_names_is_shown_too(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ import pytest
 from megatron_dppo.checkpoints import DESCRIPTION, TrainingState, checkpoint_path
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.config.rules import RULES, submission_rules
+from megatron_dppo.job import machines, slurm
 from megatron_dppo.job import run as job_run
-from megatron_dppo.job import slurm
 from megatron_dppo.job.machines import ThisMachine, shared_directory
 from megatron_dppo.job.nodes import NamedNodes, Node
 from megatron_dppo.job.places import rules_of_job
@@ -57,6 +58,13 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_directory_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RuntimeError, match=f"^run.dir: got {path}, expected a directory"), run_directory(path):
+            pass
+
+
 def test_shared_memory_is_given_back_also_after_an_error() -> None:
     seen: list[Path] = []
     with pytest.raises(KeyError), shared_directory("test") as shared:
@@ -64,6 +72,22 @@ def test_shared_memory_is_given_back_also_after_an_error() -> None:
         seen.append(shared)
         raise KeyError
     assert not seen[0].exists()
+
+
+def test_shared_memory_of_a_killed_launcher_goes_with_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "SHARED_MEMORY", tmp_path)
+    for name in ("megatron_dppo-killed-1", "megatron_dppo-new-1", "of-another-program"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+        if "new" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    with shared_directory("running") as running:
+        os.utime(running, (0, 0))
+        with shared_directory("next") as after:
+            there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == sorted([running.name, after.name, "megatron_dppo-new-1", "of-another-program"])
 
 
 def test_where_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_a_model_that_nobody_knows_or_can_compute(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.path: no config.json in .*/Unknown, nor configs/models/Unknown/config"):
         find_architecture(tmp_path / "Unknown", tmp_path / "recipe.yaml")
     write(tmp_path / "Odd", sliding_window=4096, use_sliding_window=True)
-    with pytest.raises(ValueError, match="model.path: .*/Odd: model config: use_sliding_window: got true"):
+    with pytest.raises(ValueError, match="model.path: .*/Odd/config.json: use_sliding_window: got true"):
         find_architecture(tmp_path / "Odd", tmp_path / "recipe.yaml")
 
 

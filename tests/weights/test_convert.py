@@ -402,3 +402,23 @@ def test_commands(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "model.norm.weight: first differs" in result.output
     result = runner.invoke(app, ["convert", "hf-to-megatron", str(source), megatron])
     assert result.exit_code == 1 and "it is there already, expected a new directory" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hf-to-megatron", "nowhere"], "no config.json in nowhere, expected a Hugging Face model directory"),
+        (["megatron-to-hf", "nowhere"], "no directory nowhere in "),
+        (["megatron-to-hf", "file"], "file is a file, expected a Megatron checkpoint"),
+        (["megatron-to-hf", "source"], "source: got a Hugging Face directory, expected a Megatron checkpoint"),
+    ],
+)
+def test_a_source_of_the_wrong_kind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("source").symlink_to(source)
+    result = CliRunner().invoke(app, ["convert", *words, "out"])
+    assert result.exit_code == 1 and message in result.stderr
+    assert not list(tmp_path.glob("out*"))

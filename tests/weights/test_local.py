@@ -137,7 +137,7 @@ def test_an_image_keeps_buffers_in_float32_and_aligns_all(checkpoint: Path, tmp_
 
 
 def test_an_image_without_room_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=f"for weights of .* bytes: '{tmp_path}/image'"):
         create_image(tmp_path / "image", {"weight": TensorInfo(torch.float32, (1 << 50,))})
 
 
