@@ -26,8 +26,8 @@ from megatron_dppo.job.processes import supervise
 from megatron_dppo.job.run import job, run_directory
 from megatron_dppo.metrics import write_summary
 from megatron_dppo.placement import gpus_per_machine
-from megatron_dppo.rollout.client import connect_engines
 from megatron_dppo.rollout.engine import RolloutEngine
+from megatron_dppo.rollout.engines import connect_engines
 from megatron_dppo.rollout.evaluation import Result, describe_eval_sets, evaluate, load_eval_sets, measures_of
 from megatron_dppo.rollout.fleet import Request
 

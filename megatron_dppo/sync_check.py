@@ -27,8 +27,8 @@ from megatron_dppo.control import CONTROL_VARIABLE, SHARED_VARIABLE, Control, Or
 from megatron_dppo.data.trajectory import Scored, save_batch
 from megatron_dppo.job.processes import supervise
 from megatron_dppo.job.run import job, run_directory
-from megatron_dppo.rollout.client import connect_engines, fleet_of
 from megatron_dppo.rollout.engine import Sampling
+from megatron_dppo.rollout.engines import connect_engines, fleet_of
 from megatron_dppo.rollout.fleet import Fleet, Request
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}  # of the log-prob of one token; two bf16 models differ by their kernels

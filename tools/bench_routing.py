@@ -46,11 +46,11 @@ from megatron_dppo.config import Config
 from megatron_dppo.data.addition import build_tokenizer
 from megatron_dppo.data.packing import rank_micro_batch
 from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch, save_batch
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import free_port, start
 from megatron_dppo.rank import load_policy, with_optimizer
 from megatron_dppo.rollout.client import place_batch
 from megatron_dppo.rollout.engine import Sampling
-from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.routes import check_recorded
 from megatron_dppo.rollout.sampler import with_advantages
 from megatron_dppo.rollout.vllm.client import VllmEngine

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.control import connect_store
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import free_port, start
-from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.vllm.server import server_command, server_env
 from megatron_dppo.weights.hub_files import HubFiles, TensorInfo, header_bytes, typed
 from megatron_dppo.weights.layout import Box, Parallel, megatron_layout, parameter_shapes

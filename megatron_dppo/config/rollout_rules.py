@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from megatron_dppo.architecture import Architecture
 from megatron_dppo.config.file_rules import few
-from megatron_dppo.placement import is_local
+from megatron_dppo.placement import is_local, runs_on_cpu
 from megatron_dppo.weights.engine_layout import EngineParallel, engine_layout, indivisible
 from megatron_dppo.weights.update import UPDATE_DTYPES
 
@@ -86,8 +86,6 @@ def _engine_layout(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
 
 def _engine(rollout: RolloutConfig, arch: Architecture) -> Iterator[str]:
     """The engine that this job starts can compute the model here, where that is on the CPU."""
-    from megatron_dppo.rollout.engines import runs_on_cpu
-
     if rollout.urls or not runs_on_cpu(rollout.engine):
         return
     if rollout.engine == "sglang":

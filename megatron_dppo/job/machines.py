@@ -21,9 +21,9 @@ from typing import Protocol
 
 from megatron_dppo.config import Config
 from megatron_dppo.control import Control
+from megatron_dppo.job.engine_server import server_of
 from megatron_dppo.job.processes import Child, free_port, start
-from megatron_dppo.placement import SHARED_GPU_MEMORY, engine_place, is_local
-from megatron_dppo.rollout.engines import runs_on_cpu, server_of
+from megatron_dppo.placement import SHARED_GPU_MEMORY, engine_place, is_local, runs_on_cpu
 
 HOST = "127.0.0.1"
 SHARED_MEMORY, SHARED_PREFIX = Path("/dev/shm"), "megatron_dppo-"

@@ -14,10 +14,10 @@ from typing import NoReturn
 from megatron_dppo.config import Config
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import CONTROL_VARIABLE, Control, engine_url_key
+from megatron_dppo.job.engine_server import server_of
 from megatron_dppo.job.machines import visible_gpus
 from megatron_dppo.job.processes import GRACE_S, become_guarded, free_port
-from megatron_dppo.placement import SHARED_GPU_MEMORY
-from megatron_dppo.rollout.engines import runs_on_cpu, server_of
+from megatron_dppo.placement import SHARED_GPU_MEMORY, runs_on_cpu
 
 
 def main(config: Config, number: int, address: str, first_gpu: int, shared: bool) -> NoReturn:

@@ -34,6 +34,7 @@ from megatron_dppo.control import (
     STOPPED_KEY,
     Control,
 )
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.machines import Engine, Machines, ThisMachine
 from megatron_dppo.job.nodes import NAMES_VARIABLE, named_nodes
 from megatron_dppo.job.places import JOB_VARIABLE, RESTARTED_VARIABLE, elsewhere
@@ -48,9 +49,8 @@ from megatron_dppo.metrics import (
     read_metrics,
     write_summary,
 )
-from megatron_dppo.placement import engines_apart, transport_of
+from megatron_dppo.placement import engines_apart, runs_on_cpu, transport_of
 from megatron_dppo.rollout.engine import EngineUnreachable
-from megatron_dppo.rollout.engines import runs_on_cpu, wait_ready
 
 ADDRESS_POLL_S = 0.2
 OUTPUTS = (

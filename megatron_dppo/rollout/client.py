@@ -8,7 +8,6 @@ micro-batches. Started by the launcher as `python -m megatron_dppo.rollout.clien
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import sys
@@ -21,11 +20,10 @@ import numpy as np
 
 from megatron_dppo.architecture import Architecture, forward_flops, load_architecture
 from megatron_dppo.checkpoints import queued_batches, start_of
-from megatron_dppo.config import Config, longest_sequence, num_recorded_topk
+from megatron_dppo.config import Config
 from megatron_dppo.config.loading import load_config
 from megatron_dppo.control import (
     CONTROL_VARIABLE,
-    ENGINE_URLS_VARIABLE,
     READY_KEY,
     SHARED_VARIABLE,
     STOP_KEY,
@@ -37,11 +35,8 @@ from megatron_dppo.data.packing import Plan, imbalance, plan_step, up_to_multipl
 from megatron_dppo.data.prompts import Prompt, load_prompts
 from megatron_dppo.data.rewards import MathAnswer, make_reward
 from megatron_dppo.data.trajectory import Scored, save_batch
-from megatron_dppo.rollout.engine import Capabilities, RolloutEngine
-from megatron_dppo.rollout.engines import client_of
+from megatron_dppo.rollout.engines import connect_engines, fleet_of
 from megatron_dppo.rollout.evaluation import describe_eval_sets, evaluate, load_eval_sets, measures_of
-from megatron_dppo.rollout.fleet import Fleet
-from megatron_dppo.rollout.http_engine import HttpEngine
 from megatron_dppo.rollout.routes import probe_routes
 from megatron_dppo.rollout.sampler import MAX_SEED, Ahead, Sampler, batch_metrics, timed
 
@@ -186,64 +181,6 @@ def place_batch(
 
 def _order(plan: Plan, replica: int) -> list[int]:
     return [index for minibatch in plan for micro_batch in minibatch[replica] for index in micro_batch]
-
-
-def check_engine(url: str, found: Capabilities, config: Config, arch: Architecture) -> None:
-    """Raises ValueError naming everything in which a running engine is not what the config asks for."""
-    rollout, faults = config.rollout, []
-    if found.vocab_size != arch.vocab_size:
-        faults.append(f"a vocabulary of {found.vocab_size}, expected the model's {arch.vocab_size}")
-    if found.dtype != rollout.dtype:
-        faults.append(f"dtype {found.dtype}, expected rollout.dtype {rollout.dtype}")
-    longest = longest_sequence(config)
-    if found.max_model_len < longest:
-        faults.append(f"a context of {found.max_model_len}, expected at least prompt + response = {longest}")
-    if config.routing.mode == "rollout" and not found.routed_experts:
-        faults.append("no recorded routes, expected them for routing.mode rollout (--enable-return-routed-experts)")
-    elif config.routing.mode == "rollout" and found.moe_layers != arch.moe_layer_numbers:
-        faults.append(f"routes of layers {found.moe_layers}, expected the model's {arch.moe_layer_numbers}")
-    if found.max_logprobs < (needed := num_recorded_topk(config) + 1):
-        faults.append(f"at most {found.max_logprobs} log-probs, expected {needed} (--max-logprobs)")
-    if faults:
-        raise ValueError(f"engine {url}: got {'; '.join(faults)}")
-
-
-async def connect_engines(config: Config, arch: Architecture) -> tuple[list[HttpEngine], list[Capabilities]]:
-    """Clients of the engines that the environment names, and what those say; raises ValueError for one unfit."""
-    rollout, urls = config.rollout, os.environ[ENGINE_URLS_VARIABLE].split(",")
-    concurrency = max(1, rollout.max_concurrency // len(urls))
-    engines = [client_of(config, url, arch, concurrency=concurrency) for url in urls]
-    try:
-        found = [await engine.capabilities() for engine in engines]
-        for url, capabilities in zip(urls, found, strict=True):
-            print(f"{url}: {capabilities}", flush=True)
-            check_engine(url, capabilities, config, arch)
-    except BaseException:
-        for engine in engines:
-            await engine.close()
-        raise
-    return engines, found
-
-
-def fleet_of(
-    config: Config,
-    arch: Architecture,
-    engines: Sequence[RolloutEngine],
-    orders: Orders,
-    *,
-    fingerprints: bool = False,
-) -> Fleet:
-    """The engines as the config wants them kept up to date."""
-    assert config.sync.transport != "auto", "the launcher decides"
-    return Fleet(
-        engines,
-        orders,
-        transport=config.sync.transport,
-        attempts=config.sync.attempts,
-        patience_s=config.rollout.start_timeout_s,
-        check=functools.partial(check_engine, config=config, arch=arch),
-        fingerprints=fingerprints,
-    )
 
 
 async def main(config: Config) -> None:

@@ -1,9 +1,10 @@
 """What engines behind HTTP have in common: the order of things, and which weights each token is from.
 
-A client stamps every token with the version it committed itself. For that to be true nothing of its own may
-be in flight while weights change, also not on the way to the server, where a paused engine would queue it and
-sample it later from the new weights: `pause` therefore first empties the client, and `generate` is refused
-until `resume` or `commit`.
+A client stamps every token with the version it committed itself. A fleet pauses with "keep": what is in flight is
+held by the server and goes on with the new weights, its tokens of one version before and another after
+(`Flight.spans`). With "wait" and "abort" nothing of its own is in flight while weights change, also not on the way to
+the server, where a paused engine would queue it: `pause` first empties the client. `generate` is refused until `resume`
+or `commit`.
 """
 
 from __future__ import annotations

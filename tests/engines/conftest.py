@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import Child, free_port, start
 from megatron_dppo.rollout.engine import RolloutEngine
-from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.weights.update import FileUpdate
 from tests.engines.kinds import KIND, Kind
 from tests.tiny_models import hub_tensors, tiny_config, tiny_model, write_checkpoint

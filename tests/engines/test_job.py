@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dppo.data.addition import sample_problems, write_problems
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import free_port, start, stop_on_exit
-from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.kinds import KIND
 from tests.tiny_models import randomize
 from tools.make_quickstart_input import write_initial_model

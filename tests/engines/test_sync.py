@@ -18,8 +18,8 @@ import yaml
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_dppo.data.addition import build_tokenizer, sample_problems, write_problems
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import Child, free_port, start, stop_all
-from megatron_dppo.rollout.engines import wait_ready
 from tests.engines.conftest import READY_DEADLINE_S, Served, serving
 from tests.engines.kinds import KIND
 from tests.tiny_models import deepseek_config, tiny_model

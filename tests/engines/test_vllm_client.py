@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from megatron_dppo.data.trajectory import Trajectory
+from megatron_dppo.job.engine_server import wait_ready
 from megatron_dppo.job.processes import ChildDied, free_port, start
 from megatron_dppo.rollout.engine import EngineBadAnswer, EngineError, EngineUnreachable, Sampling
-from megatron_dppo.rollout.engines import wait_ready
 from megatron_dppo.rollout.vllm.client import VllmEngine
 from megatron_dppo.rollout.vllm.server import server_command, server_env
 from megatron_dppo.weights.update import FileUpdate

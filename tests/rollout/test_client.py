@@ -16,8 +16,9 @@ import pytest
 from megatron_dppo.architecture import load_architecture
 from megatron_dppo.config import Config
 from megatron_dppo.data.trajectory import Scored, Trajectory, load_batch
-from megatron_dppo.rollout.client import Client, check_engine, place_batch
+from megatron_dppo.rollout.client import Client, place_batch
 from megatron_dppo.rollout.engine import Capabilities
+from megatron_dppo.rollout.engines import check_engine
 from tests.tiny_models import tiny_config
 
 GROUPS, SIZE, STEPS = 4, 3, 5
