@@ -27,6 +27,7 @@ from megatron_dppo.placement import SHARED_GPU_MEMORY, engine_place, is_local, r
 
 HOST = "127.0.0.1"
 SHARED_MEMORY, SHARED_PREFIX = Path("/dev/shm"), "megatron_dppo-"
+HOLD = ".held"  # in a shared directory, locked by its launcher
 NEW_S = 60.0  # within which a shared directory is not taken for an abandoned one
 
 
@@ -135,7 +136,8 @@ def shared_directory(name: str) -> Iterator[Path]:
     root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     _remove_abandoned(root)
     path = Path(tempfile.mkdtemp(prefix=f"{SHARED_PREFIX}{name}-", dir=root))
-    lock = _locked(path)  # held as long as this process lives
+    (path / HOLD).touch()
+    lock = _locked(path / HOLD)  # held as long as this process lives
     try:
         yield path
     finally:
@@ -146,16 +148,16 @@ def shared_directory(name: str) -> Iterator[Path]:
 
 def _remove_abandoned(root: Path) -> None:
     """What launchers left that were killed: directories that nobody holds. A new one may not be held yet."""
-    for path in root.glob(f"{SHARED_PREFIX}*"):
+    for hold in root.glob(f"{SHARED_PREFIX}*/{HOLD}"):
         with contextlib.suppress(OSError):  # another user's, or gone
-            if time.time() - path.stat().st_mtime > NEW_S and (lock := _locked(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
+            if time.time() - hold.stat().st_mtime > NEW_S and (lock := _locked(hold)) is not None:
+                shutil.rmtree(hold.parent, ignore_errors=True)
                 os.close(lock)
 
 
-def _locked(directory: Path) -> int | None:
-    """A descriptor that holds the directory; None where another process does, or its file system has no locks."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _locked(file: Path) -> int | None:
+    """A descriptor that holds the file; None where another process does, or its file system has no locks."""
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

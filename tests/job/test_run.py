@@ -80,11 +80,11 @@ def test_shared_memory_of_a_killed_launcher_goes_with_the_next_job(
     monkeypatch.setattr(machines, "SHARED_MEMORY", tmp_path)
     for name in ("megatron_dppo-killed-1", "megatron_dppo-new-1", "of-another-program"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").touch()
+        (tmp_path / name / machines.HOLD).touch()
         if "new" not in name:
-            os.utime(tmp_path / name, (0, 0))
+            os.utime(tmp_path / name / machines.HOLD, (0, 0))
     with shared_directory("running") as running:
-        os.utime(running, (0, 0))
+        os.utime(running / machines.HOLD, (0, 0))
         with shared_directory("next") as after:
             there = sorted(path.name for path in tmp_path.iterdir())
     assert there == sorted([running.name, after.name, "megatron_dppo-new-1", "of-another-program"])
