@@ -31,7 +31,9 @@ from megatron_dppo.rollout.engine import Sampling
 from megatron_dppo.rollout.engines import connect_engines, fleet_of
 from megatron_dppo.rollout.fleet import Fleet, Request
 
-TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}  # of the log-prob of one token; two bf16 models differ by their kernels
+# Of the log-prob of one token: rounding. The quickstart's trained model, fp32 against fp64, has up to 3e-5 after these
+# changes; a wrong weight gives more than 1e-3. Two bf16 models differ by their kernels.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 SAMPLES = 8  # of each engine after each update, in as many micro-batches
 
 
