@@ -21,7 +21,7 @@ from megatron_dppo.job.processes import Child, free_port, start, stop_on_exit
 
 NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4  # of each node; what is there is shared by all
-READY_S = 60.0
+READY_S = 180.0
 
 CONF = """\
 ClusterName=test
