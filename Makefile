@@ -95,7 +95,8 @@ test-gpu:  ## What one machine's GPUs can test, in the Python that PYTHON names:
 
 test-long: $(STAMP) $(SGLANG_STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)
-	MDPPO_ALL_PAIRS=1 $(PYTEST) tests/distributed/test_model_exactness.py tests/engines/test_sync.py $(ARGS)
+	MDPPO_ALL_PAIRS=1 $(PYTEST) tests/distributed/test_model_exactness.py tests/distributed/test_megatron_checkpoint.py \
+		tests/distributed/test_memory.py tests/engines/test_sync.py $(ARGS)
 	MDPPO_ALL_PAIRS=1 MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) tests/engines/test_sglang.py tests/engines/test_sync.py tests/engines/test_job.py $(ARGS)
 
 # The index may have another build of torch for this Python, with another triton; vLLM is for the pinned one.

@@ -76,17 +76,19 @@ DEEP_LAYOUTS = {  # for models of four layers
     "pp4_uneven": Parallel(pipeline=4, ranks=4, chunk_layers=(0, 2, 2, 0)),
     "tp2_pp2_virtual2_uneven": Parallel(tensor=2, pipeline=2, virtual=2, ranks=4, chunk_layers=(1, 2, 0, 1)),
 }
-SOME_LAYOUTS = ("single", "tp2_ep2_pp2", "tp4")  # of every model but the plain one, without MDPPO_ALL_PAIRS
-CASES = [
-    *(
-        (model, layout)
-        for model in MODELS
-        for layout in LAYOUTS
-        if layout != "dense_tp4" and (model == "plain" or layout in SOME_LAYOUTS or "MDPPO_ALL_PAIRS" in os.environ)
-    ),
+SOME_LAYOUTS = ("single", "tp2_ep2_pp2")  # of every model but the first of its kind, without MDPPO_ALL_PAIRS
+PAIRS = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS if layout != "dense_tp4"),
     *((model, layout) for model in DENSE_MODELS for layout in ("single", "pp2", "dense_tp4")),
     *((model, layout) for model in LATENT_MODELS for layout in ("single", "etp2", "tp2_ep2_pp2", "tp4")),
     *((model, layout) for model in ("dense_among_moe", "llama3", "queries_in_one_step") for layout in DEEP_LAYOUTS),
+]
+CASES = [
+    (model, layout)
+    for model, layout in PAIRS
+    if model in ("plain", "qwen2", "deepseek_v3", "queries_in_one_step")
+    or layout in (*SOME_LAYOUTS, "dense_tp4", "tp2_pp2_virtual2_uneven")
+    or "MDPPO_ALL_PAIRS" in os.environ
 ]
 
 
