@@ -11,6 +11,7 @@ ENGINE ?= vllm
 ENGINE_STAMP := $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS   ?=
+WORKERS ?= 2
 # Of the tests of jobs and sync, those that the engine has a part in; `make test-long` has the rest. The contract's last
 # test ends the server.
 SGLANG_TESTS := tests/engines/test_sglang.py tests/engines/test_engine_contract.py tests/engines/test_sync.py \
@@ -68,7 +69,7 @@ check-quickstart: quickstart  ## The quickstart, and that it learned
 test: test-unit test-dist test-engines  ## Every test
 
 test-unit: $(STAMP)  ## Tests that need neither several ranks nor an engine nor Slurm
-	$(PYTEST) tests -n 2 --ignore tests/distributed --ignore tests/engines --ignore tests/slurm $(ARGS)
+	$(PYTEST) tests -n $(WORKERS) --ignore tests/distributed --ignore tests/engines --ignore tests/slurm $(ARGS)
 
 test-dist: $(STAMP)  ## Several ranks over gloo
 	$(PYTEST) tests/distributed $(ARGS)
@@ -96,7 +97,7 @@ test-gpu:  ## What one machine's GPUs can test, in the Python that PYTHON names:
 test-long: $(STAMP) $(SGLANG_STAMP)  ## What CI does not repeat: every trainer against every engine, twenty kills (an hour)
 	MDPPO_KILLS=20 $(PYTEST) tests/distributed/test_kills.py -s $(ARGS)
 	MDPPO_ALL_PAIRS=1 $(PYTEST) tests/distributed/test_model_exactness.py tests/distributed/test_megatron_checkpoint.py \
-		tests/distributed/test_memory.py tests/engines/test_sync.py $(ARGS)
+		tests/distributed/test_memory.py tests/engines/test_sync.py tests/engines/test_job.py $(ARGS)
 	MDPPO_ALL_PAIRS=1 MDPPO_ENGINE=sglang $(ON_SGLANG) $(PYTEST) tests/engines/test_sglang.py tests/engines/test_sync.py tests/engines/test_job.py $(ARGS)
 
 # The index may have another build of torch for this Python, with another triton; vLLM is for the pinned one.

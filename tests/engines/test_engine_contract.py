@@ -371,8 +371,7 @@ def test_held_requests_go_on_under_the_new_weights(
     no request is lost or begun anew."""
     models = {0: served.model, 1: other[0]}
 
-    async def body(engine: RolloutEngine) -> None:
-        first = await engine.version()
+    async def four_updates(engine: RolloutEngine, first: int) -> tuple[list[int], list[Trajectory]]:
         flying = [asyncio.create_task(engine.generate(p, training(max_tokens=200), "f")) for p in PROMPTS * 4]
         held = []
         for number, tensors in ((1, other[1]), (2, original), (3, other[1]), (4, original)):
@@ -387,12 +386,19 @@ def test_held_requests_go_on_under_the_new_weights(
                 await engine.pause("wait")
             await engine.commit()
             assert (await late).policy_versions.min() >= first + number
-        trajectories = await asyncio.gather(*flying)
+        return held, await asyncio.gather(*flying)
+
+    async def body(engine: RolloutEngine) -> None:
+        for _ in range(5):  # on a busy machine all may have been sampled before the second update
+            first = await engine.version()
+            held, trajectories = await four_updates(engine, first)
+            mixed = [len(set(t.policy_versions.tolist())) for t in trajectories]
+            if max(mixed) > 2:
+                break
+        assert held[0] >= 8 and sum(n > 1 for n in mixed) >= 8 and max(mixed) > 2
         for t in trajectories:
             assert t.finish_reason == ("stop" if t.response_ids[-1] == EOS_ID else "length")
             assert EOS_ID not in t.response_ids[:-1] and (t.finish_reason == "stop" or t.response_length == 200)
-        mixed = [len(set(t.policy_versions.tolist())) for t in trajectories]
-        assert held[0] >= 8 and sum(n > 1 for n in mixed) >= 8 and max(mixed) > 2
         wrong: dict[int, list[np.ndarray]] = {0: [], 1: []}
         others: dict[int, list[np.ndarray]] = {0: [], 1: []}
         for t in trajectories:
