@@ -101,14 +101,16 @@ async def run_client(config: Config) -> None:
     try:
         fleet = fleet_of(config, arch, engines, orders, fingerprints=True)
         for version in range(1, config.training.steps + 1):
-            control.post(_row_key(version), asdict(await _check_update(config, fleet, orders, version)))
+            control.post(
+                _row_key(version), asdict(await _check_update(config, arch.vocab_size, fleet, orders, version))
+            )
         await orders.end({"do": "stop"})
     finally:
         for engine in engines:
             await engine.close()
 
 
-async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: int) -> Row:
+async def _check_update(config: Config, vocab_size: int, fleet: Fleet, orders: Orders, version: int) -> Row:
     expected = (await orders.do({"do": "change", "seed": version}))["fingerprints"]
     started = time.perf_counter()
     await fleet.update(version)
@@ -117,7 +119,7 @@ async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: i
     for engine in fleet.living:
         received = await engine.checksum()
         different |= {name for name in expected if received.get(name) != expected[name]}
-    trajectories = await fleet.sample(_requests(config, version, len(fleet.living)))
+    trajectories = await fleet.sample(_requests(config, vocab_size, version, len(fleet.living)))
     path = Path(os.environ[SHARED_VARIABLE]) / f"samples-{version}.safetensors"
     save_batch(path, [Scored(t, {}, np.zeros(t.response_length, np.float32)) for t in trajectories])
     worst = (await orders.do({"do": "score", "file": str(path)}))["worst"]
@@ -127,11 +129,10 @@ async def _check_update(config: Config, fleet: Fleet, orders: Orders, version: i
     return Row(version, seconds, len(expected), names, tokens, worst, TOLERANCE[config.rollout.dtype], lost)
 
 
-def _requests(config: Config, version: int, engines: int) -> list[Request]:
+def _requests(config: Config, vocab_size: int, version: int, engines: int) -> list[Request]:
     """Prompts of random ids, the same number for each engine."""
     rng = np.random.default_rng([config.run.seed, version])
-    vocab_size, rollout = load_architecture(config.model.path).vocab_size, config.rollout
-    requests = []
+    rollout, requests = config.rollout, []
     for i in range(SAMPLES * engines * config.parallel.micro_batch_multiple):
         ids = rng.integers(0, vocab_size, rng.integers(1, config.data.max_prompt_tokens + 1)).tolist()
         sampling = Sampling(

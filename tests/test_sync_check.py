@@ -68,12 +68,11 @@ def test_an_update_passes_where_every_engine_has_every_tensor(
     different: tuple[str, ...],
     passed: bool,
 ) -> None:
-    tiny_config().save_pretrained(tmp_path / "model")
     monkeypatch.setenv(SHARED_VARIABLE, str(tmp_path))
     config = Config.model_validate(
         {
             "run": {"name": "test"},
-            "model": {"path": str(tmp_path / "model")},
+            "model": {"path": "unused"},
             "data": {"train": "unused", "max_prompt_tokens": 8},
             "reward": {"name": "final_answer"},
             "rollout": {"max_response_tokens": 8, "prompts_per_step": 1, "samples_per_prompt": 2, "dtype": "float32"},
@@ -83,6 +82,6 @@ def test_an_update_passes_where_every_engine_has_every_tensor(
     everybody = [Engine(f"engine{i}", received) for i, received in enumerate(engines)]
     fleet: Any = Fleet(everybody, everybody[lost:])
     ranks: Any = Ranks(worst)
-    row: Row = asyncio.run(_check_update(config, fleet, ranks, 1))
+    row: Row = asyncio.run(_check_update(config, tiny_config().vocab_size, fleet, ranks, 1))
     assert (row.different, row.passed, row.tensors) == (different, passed, len(SENT))
     assert row.lost == tuple(engine.url for engine in everybody[:lost])

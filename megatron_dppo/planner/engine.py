@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -71,11 +70,7 @@ def worker_weights(arch: Architecture, parallel: EngineParallel, itemsize: int, 
         cut = replace(arch, num_layers=len(moe_layers), moe_layers=moe_layers)
         split = replace(parallel, expert_parallel=parallel.expert_parallel and any(moe_layers))
         float32 = float32_tensors(cut)
-        return sum(
-            (4 if box.tensor in float32 else itemsize)
-            * math.prod(b - a for a, b in zip(box.start, box.stop, strict=True))
-            for box in engine_layout(cut, split, worker)
-        )
+        return sum((4 if box.tensor in float32 else itemsize) * box.numel for box in engine_layout(cut, split, worker))
 
     outer = of(())
     return outer + sum((of((kind,)) - outer) * arch.moe_layers.count(kind) for kind in set(arch.moe_layers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,10 @@ def _peak(rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarra
     if torch.cuda.is_available():
         return _peak_on_gpu(rank, path, config, batch, groups, shared)
     before = _storages()  # what jobs before left in this process
-    trainer = trainer_of(rank, path, config, shared)
-    minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
-    trainer._train_step(0, minibatches)  # Adam has its state from here on
+    second_step = _after_one_step(rank, path, config, batch, groups, shared)
     standing = sum(nbytes for place, nbytes in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        trainer._train_step(1, minibatches)
+        second_step()
     assert found.profiler is not None
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
@@ -156,12 +155,20 @@ def _peak_on_gpu(rank: Rank, path: Path, config: Config, batch: Path, groups: np
     del square
     gc.collect()
     before = torch.cuda.memory_allocated()
+    second_step = _after_one_step(rank, path, config, batch, groups, shared)
+    torch.cuda.reset_peak_memory_stats()
+    second_step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _after_one_step(
+    rank: Rank, path: Path, config: Config, batch: Path, groups: np.ndarray, shared: Path
+) -> Callable[[], Any]:
+    """The next step of a trainer whose Adam has its state."""
     trainer = trainer_of(rank, path, config, shared)
     minibatches = trainer._load(place_batch(shared, 0, load_batch(batch), groups, config))
     trainer._train_step(0, minibatches)
-    torch.cuda.reset_peak_memory_stats()
-    trainer._train_step(1, minibatches)
-    return torch.cuda.max_memory_allocated() - before
+    return partial(trainer._train_step, 1, minibatches)
 
 
 def _storages() -> dict[int, int]:
